@@ -1,0 +1,88 @@
+"""The run directory: one run, its configuration, ledger, checkpoints and outcome."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from millrace.core.errors import UserError
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make a rename in `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RunDir:
+    """Paths of a run, and the claim that keeps two different runs out of one directory."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.identity = self.path / "run.json"
+        self.config = self.path / "config.toml"
+        self.ledger = self.path / "ledger.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.report = self.path / "report.html"
+        self.outcome = self.path / "outcome.json"
+        self.tokenizer = self.path / "tokenizer"
+
+    def claim(self, fingerprint: dict[str, Any], min_free_bytes: int = 0) -> str:
+        """Create the directory for a run with this `fingerprint`, or continue the same run; return its id.
+
+        The fingerprint holds what may not change between starts of one run (model, data, batch, seed).
+
+        Raises:
+            UserError: the directory holds another run, cannot be written, or the disk is nearly full.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.path).free
+        except OSError as error:
+            raise UserError(f"cannot write the run directory {self.path}: {error}") from None
+        if free < min_free_bytes:
+            raise UserError(
+                f"{self.path} has {free / 1e9:.2f} GB free and one checkpoint needs {min_free_bytes / 1e9:.2f} GB; "
+                "free space or set run.dir to another disk"
+            )
+        if self.identity.exists():
+            return self._continue(fingerprint)
+        if self.ledger.exists() or any(self.checkpoints.iterdir()):
+            raise UserError(f"{self.path} holds files of an unknown run; set run.name to a new name")
+        run_id = uuid.uuid4().hex[:12]
+        write_atomic(self.identity, json.dumps({"format": 1, "id": run_id, "fingerprint": fingerprint}, indent=1))
+        return run_id
+
+    def _continue(self, fingerprint: dict[str, Any]) -> str:
+        known = json.loads(self.identity.read_text())
+        old, new = known["fingerprint"], json.loads(json.dumps(fingerprint))
+        changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        if changed:
+            what = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed)
+            raise UserError(
+                f"{self.path} already holds another run ({what}); set run.name to a new name, "
+                "or put these keys back to continue that run. Nothing was overwritten"
+            )
+        return str(known["id"])
+
+    def write_outcome(self, code: int, why: str, step: int) -> None:
+        """Record how the run ended, for the batch script that started it."""
+        write_atomic(self.outcome, json.dumps({"code": code, "why": why, "step": step}) + "\n")
