@@ -1,0 +1,13 @@
+"""From bytes anywhere to batches on this rank."""
+
+if __name__ != "millrace.data":
+    raise ImportError(
+        f"import millrace.data, not {__name__}: a bare import would load a second copy with a second registry"
+    )
+
+# A source reads one shard in place. The kind is stored per shard in a manifest, so kinds may be mixed.
+SOURCES = {
+    "jsonl": "millrace.data.sources.jsonl:JsonlSource",
+    "parquet": "millrace.data.sources.parquet:ParquetSource",
+    "text": "millrace.data.sources.text:TextSource",
+}

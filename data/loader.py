@@ -1,0 +1,256 @@
+"""The loader: an endless stream of global steps, of which each rank builds its own rows.
+
+The plan is a function of (manifest, seed, stage) alone; rank and world decide only which rows are built.
+State counts what the trainer consumed, never what was prefetched.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from millrace.core.errors import UserError
+from millrace.data.batch import IGNORED, MicroBatch, StepBatch, collate, spans_sha, to_spans
+from millrace.data.config import DataConfig
+from millrace.data.manifest import Manifest
+from millrace.data.order import Order, Sequential
+from millrace.data.reader import Documents
+from millrace.data.state import LoaderState, Stage
+from millrace.data.stream import Deal, Layout, Planner, RowStream, window_samples
+from millrace.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Loader",
+    "MicroBatch",
+    "StepBatch",
+    "build_loader",
+    "heldout_batches",
+    "heldout_manifest",
+    "spans_sha",
+    "stored_tokenizer",
+]
+
+
+class Loader:
+    """Iterator of `StepBatch`; made by `build_loader`, ended by `close` (or as a context manager)."""
+
+    def __init__(
+        self, stream: RowStream, documents: Documents, tokenizer: Tokenizer, state: LoaderState
+    ) -> None:
+        self.manifest: Manifest = documents.reader.manifest
+        self.tokenizer = tokenizer
+        self.state = state  # after the last step that was handed out
+        self._stream, self._documents = stream, documents
+        self._next = state  # after the last step that was prepared
+        self._queue: queue.Queue[StepBatch | BaseException] | None = None
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def prefetch(self, steps: int) -> Loader:
+        """Prepare up to `steps` ahead in a background thread, from the first `next` on."""
+        if steps:
+            self._queue = queue.Queue(maxsize=steps)
+            self._thread = threading.Thread(target=self._produce, name="millrace-loader", daemon=True)
+        return self
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> StepBatch:
+        if self._closed.is_set():
+            raise StopIteration
+        if self._queue is None or self._thread is None:
+            batch: StepBatch | BaseException = self._prepare()
+        else:
+            if self._thread.ident is None:
+                self._thread.start()
+            batch = self._queue.get()
+        if isinstance(batch, BaseException):
+            self.close()
+            raise batch
+        self.state = batch.state
+        return batch
+
+    def close(self) -> None:
+        """End the background thread and wait for it."""
+        self._closed.set()
+        if self._thread is not None and self._thread.ident is not None:
+            self._thread.join()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _produce(self) -> None:
+        while not self._closed.is_set():
+            try:
+                item: StepBatch | BaseException = self._prepare()
+            except BaseException as error:  # travels to the consumer
+                item = error
+            self._offer(item)
+            if isinstance(item, BaseException):
+                return
+
+    def _offer(self, item: StepBatch | BaseException) -> None:
+        assert self._queue is not None
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _prepare(self) -> StepBatch:
+        now = self._next
+        step = self._stream.step(now.window, now.packs_done)
+        length = now.stages[-1].sequence_length
+        rows = self._stream.my_rows(step)
+        micro = [collate(part, self._documents, self.tokenizer, length) for part in rows]
+        self._next = LoaderState(now.seed, now.stages, step.window, step.packs_done)
+        return StepBatch(
+            micro_batches=micro,
+            local_tokens=sum(int((m.labels_BT != IGNORED).sum()) for m in micro),
+            spans=to_spans(np.concatenate(step.rows)),
+            state=self._next,
+            quarantined=self._documents.news(),
+        )
+
+
+def build_loader(
+    config: DataConfig,
+    *,
+    seed: int,
+    batch_rows: int,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    state: LoaderState | None = None,
+) -> Loader:
+    """The training stream from its start, or from `state`, which any world size may have written.
+
+    Raises:
+        UserError: manifest, tokenizer or batch that do not fit, or a state of another stream.
+    """
+    check_batch(batch_rows, micro_batch, world)
+    manifest, tokenizer = _open(config.manifest, config.tokenizer)
+    stage = Stage(
+        start_window=0,
+        manifest=manifest.fingerprint,
+        weights=(1.0,),
+        batch=batch_rows,
+        sequence_length=config.sequence_length,
+        window=window_samples(manifest, config.window),
+        shuffle_blocks=config.shuffle_blocks,
+        pack=config.pack,
+    )
+    if state is None:
+        state = LoaderState(seed, (stage,))
+    state.check(stage, seed)
+    documents = Documents(manifest, tokenizer, config.max_bad_samples)
+    order = Order(manifest.block_sizes(), seed, config.shuffle_blocks)
+    planner = Planner(documents, order, Layout(stage.window, stage.sequence_length, stage.pack, seed))
+    stream = RowStream(planner, documents, Deal(batch_rows, micro_batch, rank, world))
+    return Loader(stream, documents, tokenizer, state).prefetch(config.prefetch)
+
+
+def check_batch(batch_rows: int, micro_batch: int, world: int) -> None:
+    """Refuse a global batch that the ranks do not divide.
+
+    Raises:
+        UserError: names the numbers of ranks that would work.
+    """
+    if batch_rows >= 1 and micro_batch >= 1 and batch_rows % (micro_batch * world) == 0:
+        return
+    share = batch_rows // micro_batch if micro_batch >= 1 and batch_rows % micro_batch == 0 else 0
+    works = [str(n) for n in range(1, share + 1) if share % n == 0]
+    mend = (
+        f"with these, {', '.join(works[:12])} rank{'s' * (works != ['1'])} would work"
+        if works
+        else "make the batch a positive multiple of the micro-batch"
+    )
+    raise UserError(
+        f"a batch of {batch_rows} rows cannot be dealt to {world} ranks in micro-batches of "
+        f"{micro_batch} rows; {mend}"
+    )
+
+
+def stored_tokenizer(manifest_folder: Path) -> Path | None:
+    """The tokenizer stored with a manifest: in its folder, or beside a held-out manifest's folder."""
+    for folder in (manifest_folder, manifest_folder.parent):
+        if (folder / "tokenizer" / "tokenizer.json").is_file():
+            return folder / "tokenizer"
+    return None
+
+
+def _open(path: str, tokenizer: str | None) -> tuple[Manifest, Tokenizer]:
+    manifest = Manifest.load(path)
+    name = tokenizer or stored_tokenizer(manifest.folder)
+    if name is None:
+        raise UserError(
+            f"no tokenizer lies beside {manifest.folder}; set data.tokenizer to a folder or hub name"
+        )
+    loaded = load_tokenizer(name)
+    manifest.check_tokenizer(loaded.sha256, str(name))
+    return manifest, loaded
+
+
+def heldout_manifest(config: DataConfig) -> str | None:
+    """Folder of the held-out manifest: the configured one, or heldout/ in the training manifest's folder."""
+    if config.heldout:
+        return config.heldout
+    beside = Path(config.manifest) / "heldout"
+    return str(beside) if (beside / "manifest.json").is_file() else None
+
+
+def heldout_batches(
+    config: DataConfig, micro_batch: int, rank: int, world: int, max_rows: int | None = None
+) -> Iterator[tuple[MicroBatch, int]]:
+    """One pass over the held-out manifest in its own order: (micro-batch, bytes of text that it covers).
+
+    Every rank gets the same number of micro-batches (the last are filled up with rows without targets). The
+    bytes of a document that is cut into spans are shared out in proportion and sum to the document exactly;
+    `max_rows` bounds the rows of all ranks together. A bad document counts no bytes.
+
+    Raises:
+        UserError: no held-out manifest, or one that does not fit the tokenizer.
+    """
+    path = heldout_manifest(config)
+    if path is None:
+        raise UserError(
+            f"{config.manifest} has no held-out part; set data.heldout, or prepare with heldout=0.05"
+        )
+    manifest, tokenizer = _open(path, config.tokenizer or _tokenizer_of(config))
+    documents = Documents(manifest, tokenizer, config.max_bad_samples)
+    layout = Layout(window_samples(manifest, config.window), config.sequence_length, config.pack, None)
+    planner = Planner(documents, Sequential(manifest.samples), layout)
+    stream = RowStream(planner, documents, Deal(micro_batch * world, micro_batch, rank, world))
+    window = packs_done = rows = 0
+    ended = False
+    while not ended and (max_rows is None or rows < max_rows):
+        step = stream.step(window, packs_done)
+        window, packs_done, ended = step.window, step.packs_done, step.ended
+        rows += len(step.rows)
+        if any(len(row) for row in step.rows):
+            mine = stream.my_rows(step)[0]
+            batch = collate(mine, documents, tokenizer, config.sequence_length)
+            yield batch, _covered_bytes(mine, {entry["sample"] for entry in documents.news()})
+
+
+def _tokenizer_of(config: DataConfig) -> str | None:
+    stored = stored_tokenizer(Path(config.manifest)) if config.manifest else None
+    return str(stored) if stored else None
+
+
+def _covered_bytes(rows: list[np.ndarray], bad: set[object]) -> int:
+    spans = np.concatenate(rows)
+    spans = spans[[sample not in bad for sample in spans[:, 0].tolist()]]
+    _, start, end, cost, size = spans.T
+    return int((size * end // cost - size * start // cost).sum())

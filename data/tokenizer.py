@@ -1,0 +1,149 @@
+"""Tokenizers: load, hash, train a byte-level BPE, save a folder that `AutoTokenizer` loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from millrace.core.errors import UserError
+from millrace.core.rundir import write_atomic
+
+END_OF_TEXT = "<|endoftext|>"
+# Read in this order where a bare tokenizer.json names no border tokens.
+_KNOWN_EOS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+_KNOWN_BOS = ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]")
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with its border tokens and its hash.
+
+    A document is encoded without special tokens added, and text that spells a special token stays text.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], config: Mapping[str, Any], origin: str) -> None:
+        """`spec` is a parsed tokenizer.json, `config` a parsed tokenizer_config.json (may be empty)."""
+        self._spec, self._config = dict(spec), dict(config)
+        try:
+            self.backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{origin} is not a tokenizer that `tokenizers` reads: {error}") from None
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True
+        self.vocab_size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        eos = self._border("eos_token", _KNOWN_EOS)
+        bos = self._border("bos_token", _KNOWN_BOS)
+        if eos is None:
+            raise UserError(
+                f"{origin} names no end-of-text token; set eos_token in the tokenizer_config.json beside it"
+            )
+        self.eos_id, self.bos_id = eos, eos if bos is None else bos
+        self.sha256 = self._hash()
+
+    def _border(self, name: str, known: Sequence[str]) -> int | None:
+        given = self._config.get(name)
+        if isinstance(given, Mapping):
+            given = given.get("content")
+        names = [given] if isinstance(given, str) else ([] if self._config else known)
+        return next((i for n in names if (i := self.backend.token_to_id(n)) is not None), None)
+
+    def _hash(self) -> str:
+        """SHA-256 of what decides the tokens of a document: the specification and the border tokens."""
+        aside = {"truncation", "padding", "post_processor"}
+        kept = {key: value for key, value in self._spec.items() if key not in aside}
+        text = json.dumps([kept, self.bos_id, self.eos_id], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids (int32, shape (n,)) of each text, without border tokens."""
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, special tokens included."""
+        return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json and tokenizer_config.json for `AutoTokenizer.from_pretrained`."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        config = self._config or {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.backend.id_to_token(self.bos_id),
+            "eos_token": self.backend.id_to_token(self.eos_id),
+            "clean_up_tokenization_spaces": False,
+        }
+        write_atomic(target / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
+        write_atomic(target / "tokenizer.json", json.dumps(self._spec, ensure_ascii=False))
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
+    """Load from a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub.
+
+    Raises:
+        UserError: nothing of that name, or not a tokenizer.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    elif not path.is_file():
+        return _from_hub(os.fspath(name))
+    if not path.is_file():
+        raise UserError(
+            f"the folder {path.parent} holds no tokenizer.json; name a tokenizer or a folder with one"
+        )
+    return Tokenizer(_json(path), _json(path.with_name("tokenizer_config.json")), str(path))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from None
+
+
+def _from_hub(name: str) -> Tokenizer:
+    problem = f"no tokenizer '{name}': no such file or folder"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json"):
+        raise UserError(f"{problem}; name a folder with a tokenizer.json, or a name on the Hugging Face hub")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        spec = _json(Path(hf_hub_download(name, "tokenizer.json")))
+        try:
+            config = _json(Path(hf_hub_download(name, "tokenizer_config.json")))
+        except EntryNotFoundError:
+            config = {}
+    except Exception as error:  # many kinds: offline, gated, unknown
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise UserError(f"{problem}, and the Hugging Face hub did not give it ({reason})") from None
+    return Tokenizer(spec, config, name)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
+    """Train a byte-level BPE whose round trip is lossless; `<|endoftext|>` (id 0) marks both borders.
+
+    Raises:
+        UserError: `vocab_size` below 257 (256 bytes and the border token).
+    """
+    if vocab_size < 257:
+        raise UserError(f"vocab_size = {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need 257")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=progress,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(json.loads(backend.to_str()), {}, "the trained tokenizer")

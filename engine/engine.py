@@ -1,0 +1,103 @@
+"""The objective inside a DeepSpeed engine, driven directly: forward, backward, one optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from millrace.engine.checkpoint.slices import Adapter, PlainAdapter, adapter
+from millrace.engine.distributed import World
+
+
+class Engine:
+    """An objective, its DeepSpeed engine and the adapter that checkpoints need.
+
+    `accelerator.backward` is not used: it steps by itself and binds only the first engine.
+    """
+
+    def __init__(
+        self, world: World, objective: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float
+    ) -> None:
+        self.world = world
+        self.clip = clip
+        self.ds, _ = world.accelerator.prepare(objective, optimizer)
+        self.objective = self.ds.module
+        self.adapter: Adapter = adapter(self.ds)
+
+    def compile(self) -> None:
+        """Compile the objective's forward."""
+        self.ds.compile()
+
+    def forward(self, micro: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The objective's (summed loss, metrics) for one micro-batch of the loader."""
+        return self.ds(**self.objective.inputs(micro, self.world.device))
+
+    def backward(self, loss_sum: torch.Tensor, tokens: float, *, last: bool) -> None:
+        """Accumulate the gradient of `loss_sum / tokens`, with `tokens` the targets of the global batch.
+
+        DeepSpeed averages over ranks, so the loss is scaled up by the world size; `last` is the micro-batch after
+        which the optimiser steps.
+        """
+        self.ds.set_gradient_accumulation_boundary(last)
+        self.ds.backward(loss_sum * (self.world.size / tokens), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """One optimiser step at learning rate `lr`; returns the global gradient norm before clipping."""
+        for group in self.adapter.inner.param_groups:
+            group["lr"] = lr
+        norm = self._clip_plain() if isinstance(self.adapter, PlainAdapter) else None
+        self.ds.step()
+        return float(self.ds.get_global_grad_norm() if norm is None else norm)
+
+    def _clip_plain(self) -> torch.Tensor:
+        """Stage 0 in fp32, where DeepSpeed leaves gradients as they are: every rank has them all, averaged."""
+        params = [p for _, p in self.adapter.named if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(params, self.clip, norm)
+        return norm
+
+    def norms(self, *, gradients: bool) -> dict[str, float]:
+        """L2 norm by layer, of the weights or (between the last backward and `step`) of the gradients.
+
+        A layer is what stands before its parameters' leaf modules, such as `layers.3`; on every rank.
+        """
+        source = self._gradients() if gradients else self._weights()
+        squares = {layer_of(name): 0.0 for name, _ in self.adapter.named}
+        for name, part in source:
+            squares[layer_of(name)] += float(part.float().square().sum())
+        names = sorted(squares)
+        totals = self.world.sum(*(squares[n] for n in names))
+        return {n: t**0.5 for n, t in zip(names, totals, strict=True)}
+
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for held in self.adapter.owned():
+            yield held.name, held.views["master"]
+
+    def _gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's share of every gradient; replicated ones are counted on rank 0 only."""
+        from deepspeed.utils import safe_get_local_grad
+
+        for name, param in self.adapter.named:
+            if hasattr(param, "ds_id"):
+                yield name, safe_get_local_grad(param)
+            elif self.adapter.replicated:
+                if self.world.main and param.grad is not None:
+                    yield name, param.grad
+            elif param._hp_mapping is not None:
+                part = param._hp_mapping.get_lp_grad_fragment(param._index_in_param_group)
+                if part.shape == param.shape:  # BF16_Optimizer keeps the whole accumulation buffer
+                    at = param._hp_mapping.lp_fragment_address
+                    part = part.reshape(-1).narrow(0, at.start, at.numel)
+                yield name, part
+
+
+def layer_of(name: str) -> str:
+    """`model.model.layers.3.mlp.up_proj.weight` → `layers.3`; outside blocks the owning module's name."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[place - 1 : place + 1])
+    return parts[-2] if len(parts) > 1 else name

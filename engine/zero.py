@@ -1,0 +1,107 @@
+"""The DeepSpeed configuration of a run: ours, with a user's own JSON or Accelerate configuration honoured."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from millrace.core.errors import UserError
+from millrace.engine.config import EngineConfig
+
+# Keys that the loop computes from; a user's value that differs is refused instead of being ignored.
+_OURS = (
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "train_batch_size",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+)
+
+
+def deepspeed_config(config: EngineConfig, precision: str, *, micro_batch: int, accumulation: int, clip: float) -> dict:
+    """The dict for `deepspeed.initialize`; `train_batch_size` is left to DeepSpeed, which derives it.
+
+    Raises:
+        UserError: the user's JSON cannot be read, or sets a key that millrace must set to another value.
+    """
+    zero: dict[str, Any] = {"stage": config.zero_stage, "stage3_gather_16bit_weights_on_model_save": False}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload_params:
+        zero["offload_param"] = {"device": "cpu"}
+    if config.persistence_threshold is not None:
+        zero["stage3_param_persistence_threshold"] = config.persistence_threshold
+    made: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        # Always set: DeepSpeed's (through Accelerate) default of 1.0 clips in silence.
+        "gradient_clipping": clip,
+        "zero_optimization": zero,
+        # torch's own AdamW also steps offloaded states: no compiled operator is needed.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**12,
+    }
+    if precision == "bf16":
+        made["bf16"] = {"enabled": True}
+        if config.zero_stage:
+            made["data_types"] = {"grad_accum_dtype": "fp32"}
+    merged = _merge_user(made, _user_config(config))
+    if merged["zero_optimization"]["stage"] == 0 and not merged.get("bf16", {}).get("enabled"):
+        # Here DeepSpeed clips but keeps the norm to itself; millrace.engine.engine clips instead.
+        merged["gradient_clipping"] = 0.0
+    return merged
+
+
+def _user_config(config: EngineConfig) -> tuple[dict[str, Any], str]:
+    """The user's DeepSpeed keys and where they came from; the JSON of the configuration wins over Accelerate's."""
+    path = config.deepspeed_config or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if path and path != "none":
+        try:
+            loaded = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise UserError(f"no DeepSpeed configuration {path} (engine.deepspeed_config)") from None
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"cannot read the DeepSpeed configuration {path}: {error}") from None
+        return loaded, path
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"):
+        return _from_accelerate(), "the Accelerate configuration"
+    return {}, ""
+
+
+def _from_accelerate() -> dict[str, Any]:
+    """The DeepSpeed fields that `accelerate launch --config_file` hands over in the environment."""
+    env = os.environ
+    stage = int(env["ACCELERATE_DEEPSPEED_ZERO_STAGE"])
+    zero: dict[str, Any] = {"stage": stage}
+    for key in ("offload_optimizer", "offload_param"):
+        device = env.get(f"ACCELERATE_DEEPSPEED_{key.upper()}_DEVICE", "none")
+        if device != "none" and (stage == 3 or (key == "offload_optimizer" and stage)):
+            zero[key] = {"device": device}
+    return {"zero_optimization": zero}
+
+
+def _merge_user(made: dict[str, Any], user_and_place: tuple[dict[str, Any], str]) -> dict[str, Any]:
+    user, place = user_and_place
+    for key in _OURS:
+        value = user.get(key, "auto")
+        if value in ("auto", None) or value == made.get(key):
+            continue
+        mend = {
+            "optimizer": "use [optim]",
+            "scheduler": "use [schedule]",
+            "gradient_clipping": "use optim.clip",
+        }.get(key, "use train.batch and train.micro_batch")
+        raise UserError(f"{place} sets {key} = {value!r}, which millrace derives ({made.get(key)!r}); {mend} instead")
+    merged = dict(made)
+    for key, value in user.items():
+        if key in _OURS or value == "auto":
+            continue
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merged[key] | {k: v for k, v in value.items() if v != "auto"}
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,192 @@
+"""The training loop: every objective runs in it, and it can be read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from millrace.core.errors import CONTINUE, DONE
+from millrace.core.rundir import RunDir
+from millrace.core.units import Duration
+from millrace.data.loader import Loader, spans_sha
+from millrace.engine.checkpoint.write import prune, save_checkpoint
+from millrace.engine.engine import Engine
+from millrace.engine.signals import StopRequest
+from millrace.eval.heldout import evaluate
+from millrace.pretrain.config import PretrainConfig
+from millrace.pretrain.progress import Progress
+from millrace.pretrain.schedule import Point
+from millrace.pretrain.tracking import Tracker
+
+
+@dataclass
+class Parts:
+    """What a run is made of; `pretrain.run` builds it, people's own scripts may."""
+
+    config: PretrainConfig
+    engine: Engine
+    loader: Loader
+    rundir: RunDir
+    tracker: Tracker
+    files: dict[str, str]  # written into every checkpoint: configuration, model and tokenizer
+    bytes_per_token: float  # of the training text, for bits per byte
+    flops_per_token: float
+    peak_flops: float  # of all ranks together
+    heldout: Callable[[], Iterable[Any]] | None = None
+    sample: Callable[[], list[tuple[str, str]]] | None = None
+    point: Point = field(default_factory=Point)
+    identity: dict[str, Any] = field(default_factory=dict)  # run id and lineage, into every checkpoint
+
+
+def fit(parts: Parts) -> int:
+    """Train to the configured duration, or until a signal asks to stop; returns the run's outcome code.
+
+    Every step is: draw a whole global step, add up its targets over all ranks, accumulate the gradient of the summed
+    loss divided by that number, step once. The same decisions are taken on every rank, because they are functions of
+    all-reduced values only.
+    """
+    config, engine = parts.config, parts.engine
+    world, duration = engine.world, config.train.duration
+    point, last_saved = parts.point, parts.point.step
+    steps = iter(parts.loader)
+    total = {"steps": "total_steps", "tokens": "total_tokens", "s": "total_seconds"}[duration.unit]
+    with StopRequest() as stop, Progress(**{total: duration.value}, enabled=world.main) as progress:
+        while point.fraction(duration) < 1:
+            began = time.perf_counter()
+            batch = next(steps)
+            waited = time.perf_counter() - began
+            # One all-reduce before the first backward: targets, who was asked to stop, and rank 0's clock.
+            tokens, asked, bad = world.sum(batch.local_tokens, bool(stop), len(batch.quarantined))
+            if asked:
+                break
+            lr = config.optim.lr * config.schedule.factor(point, duration)
+            nll, top = _accumulate(engine, batch.micro_batches, tokens)
+            tracked = _due(Duration(config.track.norms_every, "steps"), point, Point(point.step + 1))
+            gradients = engine.norms(gradients=True) if tracked else None
+            norm = engine.step(lr)
+            spent = time.perf_counter() - began
+            # Rank 0's clock is everybody's: what is due by time must be due on all ranks.
+            nll, clock = world.sum(nll, spent if world.main else 0.0)
+            before = point
+            point = Point(point.step + 1, point.tokens + int(tokens), point.seconds + clock)
+            parts.identity["loader"] = batch.state.to_dict()
+            record = _record(parts, point, {"nll": nll, "tokens": tokens, "lr": lr, "grad_norm": norm})
+            record |= {"seconds": clock, "data_wait": waited, **_rates(parts, tokens, clock), "data": _data(batch)}
+            parts.tracker.log("step", **record, **({"samples": batch.spans} if config.run.sample_ids else {}))
+            progress.update(record)
+            if tracked:
+                parts.tracker.log("norms", step=point.step, grad=gradients, **_weights(engine, top))
+            if bad:
+                _quarantine(parts, point, batch.quarantined)
+            if _due(config.eval.every, before, point) and point.fraction(duration) < 1:
+                _evaluate(parts, point, progress)
+            if _due(config.checkpoint.every, before, point):
+                _save(parts, point)
+                last_saved = point.step
+        if point.step > last_saved:
+            _save(parts, point)
+        if not stop and point.fraction(duration) >= 1:
+            _evaluate(parts, point, progress)
+            return _end(parts, point, DONE, f"reached {duration}")
+        return _end(parts, point, CONTINUE, f"asked to stop by {stop.name or 'another rank'}")
+
+
+def _accumulate(engine: Engine, micro_batches: list[Any], tokens: float) -> tuple[float, float]:
+    """Forward and backward of every micro-batch; (summed nll of this rank, largest logit)."""
+    found: list[torch.Tensor] = []
+    for number, micro in enumerate(micro_batches):
+        loss, metrics = engine.forward(micro)
+        engine.backward(loss, max(tokens, 1.0), last=number == len(micro_batches) - 1)
+        found.append(metrics)
+    stacked = torch.stack(found).double()
+    nll, top = torch.stack([stacked[:, 0].sum(), stacked[:, 1].max()]).tolist()  # one host read
+    return nll, top
+
+
+def _due(every: Duration | None, before: Point, after: Point) -> bool:
+    """Whether a multiple of `every` lies in (before, after]."""
+    if every is None or not every.value:
+        return False
+    if every.unit == "steps":
+        return after.step // every.value > before.step // every.value
+    return after.seconds // every.value > before.seconds // every.value
+
+
+def _weights(engine: Engine, top: float) -> dict[str, Any]:
+    (largest,) = [max(v) for v in zip(*engine.world.gather_objects((top,)), strict=True)]
+    return {"weight": engine.norms(gradients=False), "max_logit": largest}
+
+
+def _record(parts: Parts, point: Point, values: dict[str, float]) -> dict[str, Any]:
+    loss = values["nll"] / max(values["tokens"], 1.0)
+    return {
+        "step": point.step,
+        "loss": loss,
+        "loss_hex": float(loss).hex(),
+        "bpb": loss / math.log(2) / parts.bytes_per_token,
+        "lr": values["lr"],
+        "grad_norm": values["grad_norm"],
+        "tokens": int(values["tokens"]),
+        "tokens_total": point.tokens,
+    }
+
+
+def _rates(parts: Parts, tokens: float, seconds: float) -> dict[str, float]:
+    rate = tokens / seconds
+    return {"tokens_per_s": rate, "mfu": rate * parts.flops_per_token / parts.peak_flops}
+
+
+def _data(batch: Any) -> dict[str, Any]:
+    return {"to": [batch.state.window, batch.state.packs_done], "sha": spans_sha(batch.spans)}
+
+
+def _quarantine(parts: Parts, point: Point, found: list[dict[str, Any]]) -> None:
+    for entries in parts.engine.world.gather_objects(found):
+        for entry in entries:
+            parts.tracker.log("quarantine", step=point.step, **entry)
+
+
+def _evaluate(parts: Parts, point: Point, progress: Progress) -> None:
+    """Held-out loss and samples, on every rank; into the ledger."""
+    if parts.heldout is not None:
+        began = time.perf_counter()
+        found = evaluate(parts.engine, parts.heldout())
+        parts.tracker.log(
+            "eval", step=point.step, loss=found.loss, bpb=found.bpb, tokens=found.tokens, bytes=found.bytes,
+            seconds=time.perf_counter() - began,
+        )  # fmt: skip
+        progress.say(f"step {point.step}: held-out {found.loss:.4f} nats/token, {found.bpb:.4f} bits per byte")
+    for prompt, text in parts.sample() if parts.sample is not None else ():
+        parts.tracker.log("sample", step=point.step, prompt=prompt, text=text)
+
+
+def _save(parts: Parts, point: Point) -> Path:
+    """Write a checkpoint on every rank, then remove old ones."""
+    began = time.perf_counter()
+    trainer = {
+        "step": point.step,
+        "tokens": point.tokens,
+        "seconds": point.seconds,
+        **parts.identity,
+    }
+    folder, engine = parts.rundir.checkpoints, parts.engine
+    extra = {"trainer": trainer, "files": parts.files}
+    size = save_checkpoint(folder, point.step, engine.adapter, engine.world, extra)
+    if engine.world.main:
+        prune(folder, parts.config.checkpoint.keep)
+    parts.tracker.log("checkpoint", step=point.step, seconds=time.perf_counter() - began, bytes=size)
+    return folder
+
+
+def _end(parts: Parts, point: Point, code: int, why: str) -> int:
+    parts.tracker.log("end", step=point.step, outcome=code, why=why)
+    if parts.engine.world.main:
+        parts.rundir.write_outcome(code, why, point.step)
+    parts.engine.world.barrier()
+    return code

@@ -1,0 +1,64 @@
+"""One rank's process: configuration in, outcome out, errors without a traceback unless --debug is given."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from millrace.core.config import load_config
+from millrace.core.console import error
+from millrace.core.errors import CONTINUE, DONE, UserError
+
+FAILED = 1
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str], bool]:
+    """(configuration file, overrides, debug) of `[CONFIG.toml] [section.key=value …] [--debug]`.
+
+    Raises:
+        UserError: more than one file, or an unknown flag.
+    """
+    flags = [a for a in argv if a.startswith("-")]
+    overrides = [a for a in argv if "=" in a and not a.startswith("-")]
+    files = [a for a in argv if "=" not in a and not a.startswith("-")]
+    unknown = [f for f in flags if f != "--debug"]
+    if unknown:
+        raise UserError(f"unknown flag {unknown[0]}; options are written section.key=value, and --debug")
+    if len(files) > 1:
+        raise UserError(f"give one configuration file, not {', '.join(files)}")
+    return (files[0] if files else None), overrides, "--debug" in flags
+
+
+def main_rank(cls: type[Any], run: Callable[[Any], int], argv: Sequence[str]) -> int:
+    """Read the configuration, call `run` and return the process's exit code."""
+    debug = "--debug" in argv or bool(os.environ.get("MILLRACE_DEBUG"))
+    _die_with_parent()
+    try:
+        path, overrides, _ = split_arguments(argv)
+        return _exit_code(run(load_config(cls, path, overrides)))
+    except (UserError, OSError) as problem:
+        if debug:
+            raise
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            error(str(problem))
+        return FAILED
+    except KeyboardInterrupt:
+        error("interrupted; the last checkpoint stands, start again to continue")
+        return 130
+
+
+def _exit_code(outcome: int) -> int:
+    """Launchers turn any child's code into 1 and kill its siblings, so under them "continue me" is only in outcome.json."""
+    under_launcher = any(k in os.environ for k in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION_LAUNCHED"))
+    return DONE if under_launcher and outcome == CONTINUE else outcome
+
+
+def _die_with_parent() -> None:
+    """Ask Linux for SIGTERM when the launcher dies, so that its SIGKILL leaves no rank behind."""
+    if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -1,0 +1,49 @@
+"""Causal language modelling over packed documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from millrace.models.heads import backbone_and_head, logits_transform
+from millrace.models.packing import document_inputs
+from millrace.pretrain.objectives.config import CausalLMConfig
+from millrace.pretrain.objectives.head_loss import LossHead
+
+
+class CausalLM(nn.Module):
+    """A causal model of `transformers` whose forward returns the loss summed over this micro-batch's targets.
+
+    The sum, not the mean: the loop divides by the number of targets in the *global* batch, so that a step is the same
+    whatever the accumulation and the number of ranks.
+    """
+
+    def __init__(self, model: Any, config: CausalLMConfig) -> None:
+        super().__init__()
+        self.model = model
+        _, head = backbone_and_head(model)
+        transform = logits_transform(model.config)
+        LossHead.adopt(head, z_loss=config.z_loss, transform=transform, chunk=config.chunk)
+
+    def inputs(self, micro: Any, device: torch.device) -> dict[str, Any]:
+        """The arguments of `forward` from a `MicroBatch`; outside the forward, so that a compiled one never sees lists."""
+        positions_BT = micro.position_ids_BT.to(device, non_blocking=True)
+        return {
+            "input_ids_BT": micro.input_ids_BT.to(device, non_blocking=True),
+            "labels_BT": micro.labels_BT.to(device, non_blocking=True),
+            "documents": document_inputs(positions_BT, micro.seq_lens, self.model.config._attn_implementation),
+        }
+
+    def forward(
+        self, input_ids_BT: Tensor, labels_BT: Tensor, documents: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """`input_ids_BT`, `labels_BT` int64, labels aligned with the inputs and -100 for none.
+
+        Returns:
+            (loss summed over targets, float32 scalar with gradient; [summed nll, largest logit], detached).
+        """
+        backbone, head = self.model.base_model, self.model.get_output_embeddings()
+        hidden_BTD = backbone(input_ids=input_ids_BT, **documents).last_hidden_state
+        return head(hidden_BTD, labels=labels_BT)

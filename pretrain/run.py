@@ -1,0 +1,217 @@
+"""From a configuration to a finished run: build the component tree, resume if there is something to resume, fit."""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from millrace.core.config import to_dict, to_toml
+from millrace.core.console import say
+from millrace.core.registry import lookup
+from millrace.core.rundir import RunDir, write_atomic
+from millrace.core.units import fmt_count
+from millrace.data.loader import Loader, build_loader, heldout_batches, heldout_manifest
+from millrace.data.manifest import Manifest
+from millrace.data.state import LoaderState
+from millrace.engine.checkpoint.read import Checkpoint, load_checkpoint, open_newest, remove_leftovers
+from millrace.engine.distributed import World, join_world, leave_world, world_size
+from millrace.engine.engine import Engine
+from millrace.engine.peak import peak_flops
+from millrace.engine.precision import choose_precision
+from millrace.engine.zero import deepspeed_config
+from millrace.eval.generate import continue_text
+from millrace.models.bridge import build_model
+from millrace.models.counts import flops_per_token
+from millrace.models.packing import check_packable
+from millrace.pretrain.config import PretrainConfig, fingerprint, resolve
+from millrace.pretrain.loop import Parts, fit
+from millrace.pretrain.objectives import REGISTRY as OBJECTIVES
+from millrace.pretrain.schedule import Point
+from millrace.pretrain.tracking import Tracker
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Run, or continue, the run that `config` describes, as one rank of the world the launcher made.
+
+    Returns:
+        The outcome: 0 done, 75 continue me.
+
+    Raises:
+        UserError: on every rank, before anything of another run is touched.
+    """
+    derived = resolve(config, world_size())
+    precision = choose_precision(config.engine.precision)
+    settings = deepspeed_config(
+        config.engine,
+        precision,
+        micro_batch=config.train.micro_batch,
+        accumulation=derived.accumulation,
+        clip=config.optim.clip,
+    )
+    world = join_world(settings)
+    try:
+        return _run(config, world, settings, precision)
+    finally:
+        leave_world()
+
+
+def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precision: str) -> int:
+    check_packable(config.model.kind)
+    manifest = Manifest.load(config.data.manifest)
+    rundir = RunDir(Path(config.run.dir) / config.run.name)
+    run_id = world.on_main(lambda: _claim(config, rundir, manifest))
+    with build_loader_at(config, world, None) as probe:
+        tokenizer = probe.tokenizer
+    engine, model = build_engine(config, world, settings, tokenizer.vocab_size)
+    found, rejected = open_newest(rundir.checkpoints, world)
+    point, state, steps = _resume(found, engine)
+    files = run_files(config, model.config, tokenizer)
+    peak = sum(world.gather_objects(peak_flops(world.device, precision)))
+    with (
+        Tracker(config.track, rundir.path, to_dict(config), enabled=world.main) as tracker,
+        build_loader_at(config, world, state) as loader,
+    ):
+        parts = Parts(
+            config=config,
+            engine=engine,
+            loader=loader,
+            rundir=rundir,
+            tracker=tracker,
+            files=files,
+            bytes_per_token=manifest.bytes / manifest.tokens if manifest.tokens else 1.0,
+            flops_per_token=flops_per_token(model.config, config.data.sequence_length),
+            peak_flops=peak,
+            heldout=_heldout(config, world),
+            sample=_sampler(config, model, tokenizer),
+            point=point,
+            identity={"run_id": run_id},
+        )
+        if found is not None:
+            tracker.log("resume", step=point.step, **{"from": str(found.path)}, rejected=rejected)
+        tracker.log("start", **_start_record(parts, model, (run_id, precision, steps), manifest))
+        if world.main:
+            write_atomic(rundir.config, to_toml(config))
+            _announce(parts, model, precision)
+        return fit(parts)
+
+
+def build_loader_at(config: PretrainConfig, world: World, state: LoaderState | None) -> Loader:
+    """The training stream of this rank, from `state` or from its start."""
+    return build_loader(
+        config.data,
+        seed=config.run.seed,
+        batch_rows=config.train.batch,
+        micro_batch=config.train.micro_batch,
+        rank=world.rank,
+        world=world.size,
+        state=state,
+    )
+
+
+def build_engine(
+    config: PretrainConfig, world: World, settings: dict[str, Any], vocab_size: int
+) -> tuple[Engine, Any]:
+    """Model, objective and optimiser inside a DeepSpeed engine; returns (engine, model)."""
+    stage = settings["zero_optimization"]["stage"]
+    zero3 = {**settings, "train_batch_size": config.train.batch} if stage == 3 else None
+    model = build_model(config.model, vocab_size, config.data.sequence_length, config.run.seed, zero3)
+    if config.engine.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    objective = lookup(OBJECTIVES, config.objective.kind, "objective")(model, config.objective)
+    engine = Engine(world, objective, config.optim.build(objective), config.optim.clip)
+    if config.engine.compile:
+        engine.compile()
+    return engine, model
+
+
+def _claim(config: PretrainConfig, rundir: RunDir, manifest: Manifest) -> str:
+    run_id = rundir.claim(fingerprint(config, manifest.fingerprint))
+    remove_leftovers(rundir.checkpoints)
+    rundir.outcome.unlink(missing_ok=True)
+    return run_id
+
+
+def _resume(found: Checkpoint | None, engine: Engine) -> tuple[Point, LoaderState | None, int | None]:
+    if found is None:
+        return Point(), None, None
+    load_checkpoint(found, engine.adapter)
+    trainer = found.json("trainer")
+    point = Point(trainer["step"], trainer["tokens"], trainer["seconds"])
+    return point, LoaderState.from_dict(trainer["loader"]), point.step
+
+
+def run_files(config: PretrainConfig, hf_config: Any, tokenizer: Any) -> dict[str, str]:
+    """The text files that later stages need beside the weights, by their name in a checkpoint."""
+    files = {"config.toml": to_toml(config), "model/config.json": hf_config.to_json_string(use_diff=False)}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        for path in Path(folder).iterdir():
+            files[f"tokenizer/{path.name}"] = path.read_text(encoding="utf-8")
+    return files
+
+
+def _heldout(config: PretrainConfig, world: World) -> Callable[[], Iterator[Any]] | None:
+    if heldout_manifest(config.data) is None:
+        return None
+    rows = config.eval.rows or None
+    return lambda: heldout_batches(config.data, config.train.micro_batch, world.rank, world.size, rows)
+
+
+def _sampler(config: PretrainConfig, model: Any, tokenizer: Any) -> Callable[[], list[tuple[str, str]]] | None:
+    prompts = config.eval.prompts
+    if not prompts:
+        return None
+
+    def sample() -> list[tuple[str, str]]:
+        texts = continue_text(model, tokenizer, prompts, tokens=config.eval.sample_tokens, seed=config.run.seed)
+        return list(zip(prompts, texts, strict=True))
+
+    return sample
+
+
+def _start_record(
+    parts: Parts, model: Any, how: tuple[str, str, int | None], manifest: Manifest
+) -> dict[str, Any]:
+    run_id, precision, resumed = how
+    ds = parts.engine.ds
+    return {
+        "run_id": run_id,
+        "world": parts.engine.world.size,
+        "zero_stage": ds.zero_optimization_stage(),
+        "precision": precision,
+        "resumed_from": resumed,
+        "manifest": manifest.fingerprint,
+        "params": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+        "flops_per_token": parts.flops_per_token,
+        "peak_flops": parts.peak_flops,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    from importlib.metadata import version
+
+    names = ("millrace", "torch", "deepspeed", "accelerate", "transformers", "tokenizers")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _announce(parts: Parts, model: Any, precision: str) -> None:
+    world, config = parts.engine.world, parts.config
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    say(
+        f"{config.run.name}: {config.model.kind} with {fmt_count(count)} parameters, ZeRO "
+        f"{parts.engine.ds.zero_optimization_stage()} on {world.size} rank(s), {precision}, "
+        f"batch {config.train.batch} x {config.data.sequence_length}, until {config.train.duration}"
+        + (f", continued from step {parts.point.step}" if parts.point.step else "")
+    )
+    say(f"run directory: {parts.rundir.path}")
+
+
+def read_trainer(path: Path) -> dict[str, Any]:
+    """The trainer's state in a checkpoint folder."""
+    return json.loads((path / "trainer.json").read_text())

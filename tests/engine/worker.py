@@ -1,0 +1,80 @@
+"""Ranks of the engine's tests: run scenarios one after another in one process group, print one JSON line.
+
+Arguments: a JSON file with {"config": TOML path, "scenarios": [{"name", "overrides", "steps", "load", "save", "from"}]}.
+A scenario builds a new engine, loads checkpoint `load` (a folder) if given, trains `steps` steps, saves into `save`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState
+
+from millrace.core.config import load_config
+from millrace.data.state import LoaderState
+from millrace.engine.checkpoint.read import digest, load_checkpoint, open_verified
+from millrace.engine.checkpoint.write import save_checkpoint
+from millrace.engine.distributed import World, join_world, leave_world, world_size
+from millrace.engine.precision import choose_precision
+from millrace.engine.zero import deepspeed_config
+from millrace.pretrain.config import PretrainConfig, resolve
+from millrace.pretrain.loop import _accumulate
+from millrace.pretrain.run import build_engine, build_loader_at
+
+
+def run(config_path: str, scenario: dict[str, Any]) -> dict[str, Any]:
+    config = load_config(PretrainConfig, config_path, scenario.get("overrides", []))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = deepspeed_config(
+        config.engine,
+        choose_precision(config.engine.precision),
+        micro_batch=config.train.micro_batch,
+        accumulation=resolve(config, world_size()).accumulation,
+        clip=config.optim.clip,
+    )
+    world = join_world(settings)
+    with build_loader_at(config, world, None) as probe:
+        vocab = probe.tokenizer.vocab_size
+    engine, _ = build_engine(config, world, settings, vocab)
+    result: dict[str, Any] = {"name": scenario["name"], "wrapper": type(engine.ds.optimizer).__name__}
+    state = None
+    if scenario.get("load"):
+        checkpoint = open_verified(Path(scenario["load"]), world)
+        load_checkpoint(checkpoint, engine.adapter)
+        state = LoaderState.from_dict(checkpoint.json("trainer")["loader"])
+    if scenario.get("load") or scenario.get("digest"):
+        engine.adapter.allocate()
+        result["loaded"] = digest(engine.adapter, world)
+    result |= train(config, world, engine, state, scenario)
+    return result
+
+
+def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str, Any]) -> dict[str, Any]:
+    losses, spans, norms = [], [], []
+    with build_loader_at(config, world, state) as loader:
+        for _ in range(scenario["steps"]):
+            batch = next(loader)
+            (tokens,) = world.sum(batch.local_tokens)
+            nll, _ = _accumulate(engine, batch.micro_batches, tokens)
+            grads = engine.norms(gradients=True)
+            norms.append([engine.step(config.optim.lr), sum(v * v for v in grads.values()) ** 0.5])
+            losses.append(float(world.sum(nll)[0] / tokens).hex())
+            spans.append(batch.spans)
+        if scenario.get("save"):
+            trainer = {"loader": loader.state.to_dict()}
+            save_checkpoint(Path(scenario["save"]), scenario["steps"], engine.adapter, world, {"trainer": trainer})
+    return {"losses": losses, "spans": spans, "norms": norms, "after": digest(engine.adapter, world)}
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    results = [run(job["config"], scenario) for scenario in job["scenarios"]]
+    print("RESULT " + json.dumps(results), flush=True)
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""A document's logits in a packed row equal those of the document alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from millrace.core.errors import UserError
+from millrace.models.packing import PACKABLE, check_packable, document_inputs
+
+ROWS = [[20, 3, 41], [30, 1, 9], [64]]  # the second row ends with padding, the third holds one document
+LENGTH = 64
+
+
+def positions(rows: list[list[int]], length: int) -> torch.Tensor:
+    out = torch.zeros(len(rows), length, dtype=torch.long)
+    for row, lengths in enumerate(rows):
+        out[row, : sum(lengths)] = torch.tensor([at for n in lengths for at in range(n)], dtype=torch.long)
+    return out
+
+
+def largest_difference(model: nn.Module, rows: list[list[int]], ids_BT: torch.Tensor, **changes: object) -> float:
+    length = ids_BT.shape[1]
+    inputs = document_inputs(positions(rows, length), rows, model.config._attn_implementation) | changes
+    packed = model(input_ids=ids_BT, **inputs).logits
+    worst = 0.0
+    for row, lengths in enumerate(rows):
+        start = 0
+        for size in lengths:
+            part = slice(start, start + size)
+            alone = model(input_ids=ids_BT[row : row + 1, part], use_cache=False).logits
+            worst = max(worst, (packed[row, part] - alone[0]).abs().max().item())
+            start += size
+    return worst
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(1, 500, (len(ROWS), LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def loud(model: nn.Module) -> nn.Module:
+    """Larger weights, so that a leak shows far above 1e-5, and training mode, as in a run."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and "router" not in name and "gate.weight" not in name:
+            parameter.data *= 3
+    return model.train()
+
+
+@pytest.mark.parametrize("kind", sorted(PACKABLE))
+@pytest.mark.parametrize("attention", ["auto", "mask"])
+def test_packed_equals_alone(kind: str, attention: str, build: Callable, ids: torch.Tensor) -> None:
+    if attention == "mask" and kind == "gemma2":
+        pytest.skip("its own choice is the mask already")
+    model = loud(build(kind, attention="auto" if attention == "auto" else "sdpa"))
+    assert largest_difference(model, ROWS, ids) < 1e-5
+
+
+@pytest.mark.parametrize("kind", sorted(PACKABLE))
+def test_the_comparison_can_fail(kind: str, build: Callable, ids: torch.Tensor) -> None:
+    """With a mask of ones transformers derives no documents: the difference must show."""
+    assert largest_difference(loud(build(kind)), ROWS, ids, attention_mask=torch.ones_like(ids)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "gemma2"])
+@pytest.mark.parametrize("attention", ["auto", "mask"])
+def test_packed_equals_alone_with_a_sliding_window(
+    kind: str, attention: str, build: Callable, ids: torch.Tensor
+) -> None:
+    table = {"sliding_window": 8}
+    if kind == "qwen2":
+        table |= {"use_sliding_window": True, "max_window_layers": 1}
+    wanted = "sdpa" if attention == "mask" and kind != "gemma2" else "auto"
+    windowed = loud(build(kind, config=table, attention=wanted))
+    assert largest_difference(windowed, ROWS, ids) < 1e-5
+    whole = loud(build(kind, config={"sliding_window": 4096}, attention=wanted))
+    left, right = (m(input_ids=ids, use_cache=False).logits for m in (windowed, whole))
+    assert (left - right).abs().max() > 1e-3, "the window changes nothing"
+
+
+@pytest.mark.parametrize("kind", sorted(PACKABLE))
+def test_gradients_of_packed_rows_are_those_of_documents_alone(kind: str, build: Callable, ids: torch.Tensor) -> None:
+    model = loud(build(kind))
+    inputs = document_inputs(positions(ROWS, LENGTH), ROWS, model.config._attn_implementation)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, lengths in enumerate(ROWS):
+        mask[row, : sum(lengths)] = True
+    model(input_ids=ids, **inputs).logits[mask].square().sum().backward()
+    packed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for row, lengths in enumerate(ROWS):
+        start = 0
+        for size in lengths:
+            alone = ids[row : row + 1, start : start + size]
+            model(input_ids=alone, use_cache=False).logits.square().sum().backward()
+            start += size
+    for name, parameter in model.named_parameters():
+        if name in packed:
+            scale = parameter.grad.abs().max().item()
+            torch.testing.assert_close(packed[name], parameter.grad, atol=2e-5 * max(scale, 1e-3), rtol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 12), max_size=5), min_size=1, max_size=3))
+def test_any_division_into_documents(build: Callable, rows: list[list[int]]) -> None:
+    ids = torch.randint(1, 500, (len(rows), 60), generator=torch.Generator().manual_seed(1))
+    assert largest_difference(loud(build("qwen3", config={"hidden_size": 64})), rows, ids) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["recurrent_gemma", "mamba2", "xlstm"])
+def test_recurrent_kinds_are_refused_by_name_and_do_leak(kind: str, build: Callable, ids: torch.Tensor) -> None:
+    with pytest.raises(UserError, match=f"'{kind}' cannot be trained on packed.*recurrent.*data.pack = false"):
+        check_packable(kind)
+    assert largest_difference(build(kind), ROWS, ids) > 1e-5
+
+
+def test_unproven_kinds_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match="'opt' cannot be trained on packed.*nobody has proven.*llama"):
+        check_packable("opt")
+    check_packable("qwen3")
+
+
+def test_list_of_packable_kinds() -> None:
+    assert {"qwen3", "llama", "gpt2", "mistral", "qwen2", "olmo2", "gemma2", "nanochat", "mixtral"} <= PACKABLE

@@ -1,0 +1,157 @@
+"""The batch script's text, and the script itself run with stand-ins for Slurm's programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from millrace.core.errors import UserError
+from millrace.slurm.config import SlurmConfig
+from millrace.slurm.render import render
+
+GOLDEN = Path(__file__).with_name("golden")
+ODD = ["a b", "$HOME", "it's", "*", "", 'q"q', "back\\slash", "#no", "`id`", "%j", "two\nlines", "--debug"]
+GPU_NODES = SlurmConfig(
+    nodes=16,
+    gpus_per_node=8,
+    cpus_per_task=96,
+    time="1-12:00:00",
+    partition="h100",
+    account="project 7",
+    qos="long",
+    job_name="it's a run",
+    environment={"HF_HUB_OFFLINE": "1", "NOTE": "$5 'each'"},
+    setup=["module load cuda/13", "source ~/venv/bin/activate"],
+    extra=["--exclusive", "--constraint=a100|h100"],
+    accelerate_config="accelerate/zero 2.yaml",
+)
+CONTAINER = SlurmConfig(
+    nodes=2,
+    gpus_per_node=4,
+    container="nvcr.io#nvidia/pytorch:26.01-py3",
+    container_mounts=["/data:/data"],
+    log="/logs/%x-%j.out",
+)
+
+
+@pytest.fixture
+def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/opt/my venv/bin/python")
+    monkeypatch.setattr("os.getcwd", lambda: "/home/ada/work")
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "run_dir"),
+    [
+        ("gpu_nodes", GPU_NODES, "/runs/100% it's"),
+        ("container", CONTAINER, "/runs/base"),
+        ("one_cpu", SlurmConfig(), "runs/tiny"),
+    ],
+)
+def test_golden(name: str, config: SlurmConfig, run_dir: str, fixed: None) -> None:
+    command = ["-m", "millrace.pretrain", "configs/base.toml", "run.note=it's $5"]
+    text = render(config, command, run_dir)
+    assert text == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.sbatch")), ids=lambda path: path.stem)
+def test_bash_and_shellcheck_accept_the_scripts(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    if shutil.which("shellcheck"):
+        # 2016: $SLURM_NODEID in single quotes is for the inner shell. 1091: the user's own files.
+        subprocess.run(["shellcheck", "--exclude=SC2016,SC1091,SC1090", str(path)], check=True)
+
+
+def run_script(
+    folder: Path, config: SlurmConfig, command: list[str], node: int
+) -> tuple[list[str], dict[str, str]]:
+    """The launcher's arguments and environment on `node`; srun, scontrol and python are stand-ins."""
+    programs = {
+        "scontrol": '[[ $2 == hostnames ]] && seq -f gpu%g 3 || echo "NodeName=$4 NodeAddr=10.0.0.7 Port=1"',
+        "srun": f'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID={node} exec "$@"',
+        "py thon": f'exec {sys.executable} -c "import json, os, sys;'
+        f" json.dump([sys.argv[1:], dict(os.environ)], open('seen.json', 'w'))\" \"$@\"",
+    }
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.executable", str(folder / "py thon"))
+        script = render(config, command, folder)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "123456"}
+    environment |= {"SLURM_JOB_NODELIST": "gpu[1-3]"}
+    subprocess.run(["bash", "-c", script], check=True, cwd=folder, env=environment, capture_output=True)
+    seen, variables = json.loads((folder / "seen.json").read_text())
+    return seen, variables
+
+
+def test_what_reaches_the_launcher(tmp_path: Path) -> None:
+    config = SlurmConfig(
+        nodes=3,
+        processes_per_node=2,
+        cpus_per_task=10,
+        environment={"A": "x $y 'z'"},
+        setup=["unset_is_fine=$NOT_SET_AT_ALL", "export B=$((1 + 1))"],
+    )
+    seen, variables = run_script(tmp_path, config, ["-m", "millrace.pretrain", *ODD], node=2)
+    assert seen == [
+        *["-m", "accelerate.commands.launch", "--machine_rank", "2"],
+        *["--use_deepspeed", "--deepspeed_multinode_launcher", "standard"],
+        *["--num_machines", "3", "--num_processes", "6"],
+        *["--main_process_ip", "10.0.0.7", "--main_process_port", "13456"],
+        *["-m", "millrace.pretrain", *ODD],
+    ]
+    assert (variables["A"], variables["B"], variables["OMP_NUM_THREADS"]) == ("x $y 'z'", "2", "5")
+
+
+def test_the_users_accelerate_file_and_threads_win(tmp_path: Path) -> None:
+    config = SlurmConfig(
+        accelerate_config="my file.yaml", environment={"OMP_NUM_THREADS": "3"}, cpus_per_task=8
+    )
+    seen, variables = run_script(tmp_path, config, ["x.py"], node=0)
+    assert seen[4:6] == ["--config_file", "my file.yaml"]
+    assert "--use_deepspeed" not in seen
+    assert variables["OMP_NUM_THREADS"] == "3"
+
+
+def test_accelerate_itself_reads_these_arguments() -> None:
+    """The options exist under these names, and the command's own options are left alone."""
+    from accelerate.commands.launch import launch_command_parser
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["-m", "millrace.pretrain", "c.toml", "--debug"]
+        seen, _ = run_script(Path(folder), SlurmConfig(nodes=3), command, 1)
+    read = launch_command_parser().parse_args(seen[2:])
+    assert (read.machine_rank, read.num_machines, read.num_processes) == (1, 3, 3)
+    assert (read.main_process_ip, read.main_process_port) == ("10.0.0.7", 13456)
+    assert (read.use_deepspeed, read.deepspeed_multinode_launcher) == (True, "standard")
+    assert (read.module, read.training_script) == (True, "millrace.pretrain")
+    assert read.training_script_args == ["c.toml", "--debug"]
+
+
+def test_a_line_break_in_a_path_is_refused() -> None:
+    with pytest.raises(UserError, match=r"'--job-name=a\\nb' holds a line break.*rename"):
+        render(SlurmConfig(), ["x.py"], "/runs/a\nb")
+
+
+# Arguments and variables of a process are bytes without NUL; surrogates are no text.
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+
+
+@settings(max_examples=25, deadline=None)
+@given(arguments=st.lists(TEXT, max_size=5), value=TEXT.filter(lambda text: not set(text) & {"\n", "\r"}))
+def test_any_argument_and_variable_arrive_as_written(arguments: list[str], value: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        config = SlurmConfig(environment={"VALUE": value})
+        seen, variables = run_script(Path(folder), config, ["x.py", *arguments], node=0)
+    assert seen[seen.index("x.py") + 1 :] == arguments
+    assert variables["VALUE"] == value
