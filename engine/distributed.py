@@ -87,6 +87,8 @@ def join_world(deepspeed_config: dict[str, Any]) -> World:
         )
     # Mixed precision is DeepSpeed's (bf16 in its configuration); Accelerate's autocast would be a second one.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    # The launcher's DeepSpeed fields were merged already; Accelerate would refuse them beside a configuration.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     if use_cpu:
         # Accelerate's own CPU mode (`cpu=True`) excludes DeepSpeed; without a GPU it takes the CPU all the same.

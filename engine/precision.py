@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+from millrace.core.errors import UserError
 
 
 def choose_precision(wanted: str) -> str:
     """`"fp32"` or `"bf16"` for `"auto"`; other values pass through.
 
     bf16 is chosen on GPUs with bf16 tensor cores (compute capability 8.0 and later) and on CPUs with AMX; a CPU
-    without AMX multiplies bf16 matrices several times slower than fp32 ones.
+    without AMX multiplies bf16 matrices several times slower than fp32 ones. `accelerate launch` with
+    mixed_precision: bf16 decides for "auto".
+
+    Raises:
+        UserError: Accelerate was told to use fp16, which needs loss scaling that millrace does not do.
     """
     if wanted != "auto":
         return wanted
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher not in ("no", "bf16"):
+        raise UserError(f"Accelerate's mixed_precision is {launcher}; millrace trains in bf16 or fp32, set it to one")
+    if launcher == "bf16":
+        return "bf16"
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp32"
     return "bf16" if _has_amx() else "fp32"

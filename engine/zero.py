@@ -81,7 +81,8 @@ def _from_accelerate() -> dict[str, Any]:
         device = env.get(f"ACCELERATE_DEEPSPEED_{key.upper()}_DEVICE", "none")
         if device != "none" and (stage == 3 or (key == "offload_optimizer" and stage)):
             zero[key] = {"device": device}
-    return {"zero_optimization": zero}
+    clip = env.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+    return {"zero_optimization": zero} | ({} if clip == "none" else {"gradient_clipping": float(clip)})
 
 
 def _merge_user(made: dict[str, Any], user_and_place: tuple[dict[str, Any], str]) -> dict[str, Any]:

@@ -53,8 +53,7 @@ def main_rank(cls: type[Any], run: Callable[[Any], int], argv: Sequence[str]) ->
 
 def _exit_code(outcome: int) -> int:
     """Launchers turn any child's code into 1 and kill its siblings, so under them "continue me" is only in outcome.json."""
-    under_launcher = any(k in os.environ for k in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION_LAUNCHED"))
-    return DONE if under_launcher and outcome == CONTINUE else outcome
+    return DONE if "TORCHELASTIC_RUN_ID" in os.environ and outcome == CONTINUE else outcome
 
 
 def _die_with_parent() -> None:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 
 from millrace.core.config import load_config
@@ -53,20 +54,28 @@ def run(config_path: str, scenario: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str, Any]) -> dict[str, Any]:
-    losses, spans, norms = [], [], []
+    losses, spans, norms, targets, rows, gradient = [], [], [], [], [], []
     with build_loader_at(config, world, state) as loader:
         for _ in range(scenario["steps"]):
             batch = next(loader)
             (tokens,) = world.sum(batch.local_tokens)
             nll, _ = _accumulate(engine, batch.micro_batches, tokens)
             grads = engine.norms(gradients=True)
+            if scenario.get("gradient") and not gradient:
+                from deepspeed.utils import safe_get_full_grad
+
+                params = sorted(engine.adapter.named)
+                gradient = torch.cat([safe_get_full_grad(p).float().flatten() for _, p in params]).tolist()
+            targets.append(int(tokens))
+            rows += [int((m.labels_BT != -100).sum()) for m in batch.micro_batches]
             norms.append([engine.step(config.optim.lr), sum(v * v for v in grads.values()) ** 0.5])
             losses.append(float(world.sum(nll)[0] / tokens).hex())
             spans.append(batch.spans)
         if scenario.get("save"):
             trainer = {"loader": loader.state.to_dict()}
             save_checkpoint(Path(scenario["save"]), scenario["steps"], engine.adapter, world, {"trainer": trainer})
-    return {"losses": losses, "spans": spans, "norms": norms, "after": digest(engine.adapter, world)}
+    figures = {"losses": losses, "spans": spans, "norms": norms, "targets": targets, "row_targets": rows}
+    return {**figures, "gradient": gradient, "after": digest(engine.adapter, world)}
 
 
 def main() -> None:

@@ -1,0 +1,127 @@
+"""A checkpoint as transformers sees it: its configuration, its model class, and its weights by that model's names."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initialization
+
+from millrace.core.errors import UserError
+from millrace.engine.checkpoint.read import Checkpoint, open_verified
+
+# An objective keeps the model that it trains under this name; what else it holds is its own.
+PREFIX = "model."
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The transformers model inside a verified checkpoint; tensors are read one at a time."""
+
+    checkpoint: Checkpoint
+    config: PretrainedConfig
+    model_class: Any  # AutoModelForCausalLM, or the class that the checkpoint's configuration names
+
+    @classmethod
+    def open(cls, source: str | Path) -> Trained:
+        """The newest good checkpoint of a run directory, or a `step-N` folder.
+
+        Raises:
+            UserError: missing, torn or altered, or written by an objective without a transformers model.
+        """
+        checkpoint = open_verified(Path(source))
+        folder = checkpoint.path / "model"
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{checkpoint.path} has no model/config.json; it was not written by `millrace pretrain` or `finetune`"
+            )
+        config = AutoConfig.from_pretrained(folder)
+        (name, *_) = config.architectures or ["AutoModelForCausalLM"]
+        if not hasattr(transformers, name):
+            raise UserError(f"{folder}/config.json names the class {name}, unknown to the installed transformers")
+        trained = cls(checkpoint, config, getattr(transformers, name))
+        trained._check()
+        return trained
+
+    def build(self, device: str = "cpu") -> PreTrainedModel:
+        """The model without its weights: on "meta" no memory is taken, elsewhere the content is undefined."""
+        with initialization.no_init_weights(), torch.device(device):
+            make = getattr(self.model_class, "from_config", None) or self.model_class._from_config
+            model: PreTrainedModel = make(self.config)
+        model.tie_weights()
+        return model
+
+    def load(self) -> PreTrainedModel:
+        """The model with its weights, fp32 on the CPU, in evaluation mode."""
+        model = self.build()
+        with torch.no_grad():
+            for name, tensor in _named(model):
+                tensor.copy_(self.read(name))
+        model.tie_weights()
+        return model.eval()
+
+    def names(self) -> list[str]:
+        """Parameters and persistent buffers in the model's order, tied ones once."""
+        return [name for name, _ in _named(self.build("meta"))]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in its shape: the fp32 master, or a frozen parameter or a buffer in its own dtype."""
+        key = PREFIX + name
+        if key in self.checkpoint.manifest["params"]:
+            return self.checkpoint.master(key)
+        with safe_open(str(self.checkpoint.path / "fixed.safetensors"), framework="pt") as file:
+            return file.get_tensor(key)
+
+    def tokenizer_files(self) -> dict[str, str]:
+        """Text by file name."""
+        found = [name for name in self.checkpoint.manifest["files"] if name.startswith("tokenizer/")]
+        return {name.removeprefix("tokenizer/"): self.checkpoint.text(name) for name in found}
+
+    def sequence_length(self) -> int | None:
+        """Tokens in a row of the training, where the run's configuration says so."""
+        path = self.checkpoint.path / "config.toml"
+        table = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        length = table.get("data", {}).get("sequence_length")
+        return length if isinstance(length, int) else None
+
+    def origin(self) -> dict[str, Any]:
+        """Where it comes from: path, step, run id and the data's fingerprint, as far as the checkpoint knows."""
+        path = self.checkpoint.path / "trainer.json"
+        trainer = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        stages = trainer.get("loader", {}).get("stages") or [{}]
+        return {
+            "path": str(self.checkpoint.path),
+            "step": self.checkpoint.step,
+            "run_id": trainer.get("run_id"),
+            "manifest": stages[-1].get("manifest"),
+        }
+
+    def _check(self) -> None:
+        """Every tensor of the model must be there in its shape, and every tensor of the checkpoint be used."""
+        wanted = {name: list(tensor.shape) for name, tensor in _named(self.build("meta"))}
+        there = dict(self.checkpoint.manifest["params"])
+        with safe_open(str(self.checkpoint.path / "fixed.safetensors"), framework="pt") as file:
+            there |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a dict)
+        found = {key.removeprefix(PREFIX): shape for key, shape in there.items() if key.startswith(PREFIX)}
+        odd = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+        if odd:
+            name = odd[0]
+            raise UserError(
+                f"{self.checkpoint.path}: its weights and its model/config.json do not belong together: {name} is "
+                f"{found.get(name)} in the weights and {wanted.get(name)} in the model ({len(odd)} such tensors)"
+            )
+
+
+def _named(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters once each, then persistent buffers."""
+    saved = model.state_dict().keys()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in saved:
+            yield name, tensor
