@@ -157,8 +157,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
             records.append(_restore(record))
         elif line.strip() and number < len(lines) and not line.endswith(_TORN.rstrip(b"\n")):
             raise UserError(
-                f"{path}:{number} is damaged ({line[:40]!r}…); "
-                "repair or delete that line: the other records are intact"
+                f"{path}:{number} is damaged ({line[:40]!r}…); repair or delete that line: the other records are intact"
             )
     return records
 

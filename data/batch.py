@@ -52,9 +52,7 @@ def spans_sha(spans: Sequence[Span]) -> str:
     return hashlib.sha256(np.array(spans, "<i8").reshape(-1, 3).tobytes()).hexdigest()
 
 
-def collate(
-    rows: Sequence[np.ndarray], documents: Documents, tokenizer: Tokenizer, sequence_length: int
-) -> MicroBatch:
+def collate(rows: Sequence[np.ndarray], documents: Documents, tokenizer: Tokenizer, sequence_length: int) -> MicroBatch:
     """Build the tensors of planned rows; a bad document becomes padding of its planned length."""
     import torch
 

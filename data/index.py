@@ -56,9 +56,7 @@ def to_table(entries: Entries) -> pa.Table:
 
 def concatenate(parts: Sequence[Entries]) -> Entries:
     """Entries of `parts`, in order."""
-    return Entries(
-        *(np.concatenate([np.empty(0, np.int64), *(getattr(p, n) for p in parts)]) for n in COLUMNS)
-    )
+    return Entries(*(np.concatenate([np.empty(0, np.int64), *(getattr(p, n) for p in parts)]) for n in COLUMNS))
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
@@ -122,13 +120,9 @@ class Index:
             try:
                 entries = to_entries(pq.read_table(path, use_threads=False))
             except (OSError, pa.ArrowException, KeyError) as error:
-                raise UserError(
-                    f"cannot read the index file {path}: {error}; run `millrace prepare` again"
-                ) from None
+                raise UserError(f"cannot read the index file {path}: {error}; run `millrace prepare` again") from None
             if entries.digest() != self._digests[number]:
-                raise UserError(
-                    f"the index file {path} was altered after it was written; run `millrace prepare` again"
-                )
+                raise UserError(f"the index file {path} was altered after it was written; run `millrace prepare` again")
             self._chunks[number] = entries
             if len(self._chunks) > _CACHED_CHUNKS:
                 self._chunks.popitem(last=False)

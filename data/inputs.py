@@ -74,9 +74,7 @@ def _walk(folder: Path, kind: str, out: Path) -> list[Path]:
     wanted = (*KINDS, *TEXT_SUFFIXES)
     found, others = [], set()
     for root, folders, names in os.walk(folder.resolve()):
-        folders[:] = [
-            f for f in folders if not f.startswith(".") and (Path(root) / f).resolve() != out.resolve()
-        ]
+        folders[:] = [f for f in folders if not f.startswith(".") and (Path(root) / f).resolve() != out.resolve()]
         for name in names:
             path = Path(root) / name
             if name.startswith("."):
@@ -88,15 +86,12 @@ def _walk(folder: Path, kind: str, out: Path) -> list[Path]:
     if not found:
         has = f" (it has: {', '.join(sorted(others)[:8])})" if others else " (it is empty)"
         raise UserError(
-            f"the folder {folder} holds no {', '.join(wanted)} file{has}; name files with a glob to read "
-            "them as text"
+            f"the folder {folder} holds no {', '.join(wanted)} file{has}; name files with a glob to read them as text"
         )
     return sorted(found)
 
 
-def import_dataset(
-    name: str, number: int, column: str, raw: Path, shard_size: int, progress: Progress
-) -> str:
+def import_dataset(name: str, number: int, column: str, raw: Path, shard_size: int, progress: Progress) -> str:
     """Stream the data set `datasets:NAME[:CONFIG[:SPLIT]]` into JSON lines below `raw`; return a glob.
 
     Shards appear whole; after an interruption the documents in them are skipped, not written again.
@@ -153,13 +148,9 @@ def _open_dataset(name: str, column: str, skip: int) -> Iterator[dict[str, Any]]
             loaded = loaded[split or "train"]
     except Exception as error:  # `datasets` raises many kinds; all of them mean that it cannot be had
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"cannot load the data set '{name}': {reason}; check name, config and split"
-        ) from None
+        raise UserError(f"cannot load the data set '{name}': {reason}; check name, config and split") from None
     names = list(loaded.features or {})
     if names and column not in names:
         hint = did_you_mean(column, names) or f"; it has: {', '.join(names)}"
-        raise UserError(
-            f"the data set '{name}' has no column '{column}'{hint}; name the text column with `text`"
-        )
+        raise UserError(f"the data set '{name}' has no column '{column}'{hint}; name the text column with `text`")
     return ({column: row.get(column)} for row in loaded.skip(skip))

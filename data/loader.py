@@ -17,7 +17,7 @@ import numpy as np
 from millrace.core.errors import UserError
 from millrace.data.batch import IGNORED, MicroBatch, StepBatch, collate, spans_sha, to_spans
 from millrace.data.config import DataConfig
-from millrace.data.manifest import Manifest
+from millrace.data.manifest import Manifest, manifest_folder
 from millrace.data.order import Order, Sequential
 from millrace.data.reader import Documents
 from millrace.data.state import LoaderState, Stage
@@ -39,9 +39,7 @@ __all__ = [
 class Loader:
     """Iterator of `StepBatch`; made by `build_loader`, ended by `close` (or as a context manager)."""
 
-    def __init__(
-        self, stream: RowStream, documents: Documents, tokenizer: Tokenizer, state: LoaderState
-    ) -> None:
+    def __init__(self, stream: RowStream, documents: Documents, tokenizer: Tokenizer, state: LoaderState) -> None:
         self.manifest: Manifest = documents.reader.manifest
         self.tokenizer = tokenizer
         self.state = state  # after the last step that was handed out
@@ -69,7 +67,7 @@ class Loader:
         else:
             if self._thread.ident is None:
                 self._thread.start()
-            batch = self._queue.get()
+            batch = self._take()
         if isinstance(batch, BaseException):
             self.close()
             raise batch
@@ -89,6 +87,16 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _take(self) -> StepBatch | BaseException:
+        """The next prepared step; an end of iteration if another thread closes the loader meanwhile."""
+        assert self._queue is not None
+        while not self._closed.is_set():
+            try:
+                return self._queue.get(timeout=1.0)
+            except queue.Empty:
+                continue
+        return StopIteration()
 
     def _produce(self) -> None:
         while not self._closed.is_set():
@@ -177,8 +185,7 @@ def check_batch(batch_rows: int, micro_batch: int, world: int) -> None:
         else "make the batch a positive multiple of the micro-batch"
     )
     raise UserError(
-        f"a batch of {batch_rows} rows cannot be dealt to {world} ranks in micro-batches of "
-        f"{micro_batch} rows; {mend}"
+        f"a batch of {batch_rows} rows cannot be dealt to {world} ranks in micro-batches of {micro_batch} rows; {mend}"
     )
 
 
@@ -194,9 +201,7 @@ def _open(path: str, tokenizer: str | None) -> tuple[Manifest, Tokenizer]:
     manifest = Manifest.load(path)
     name = tokenizer or stored_tokenizer(manifest.folder)
     if name is None:
-        raise UserError(
-            f"no tokenizer lies beside {manifest.folder}; set data.tokenizer to a folder or hub name"
-        )
+        raise UserError(f"no tokenizer lies beside {manifest.folder}; set data.tokenizer to a folder or hub name")
     loaded = load_tokenizer(name)
     manifest.check_tokenizer(loaded.sha256, str(name))
     return manifest, loaded
@@ -206,7 +211,7 @@ def heldout_manifest(config: DataConfig) -> str | None:
     """Folder of the held-out manifest: the configured one, or heldout/ in the training manifest's folder."""
     if config.heldout:
         return config.heldout
-    beside = Path(config.manifest) / "heldout"
+    beside = manifest_folder(config.manifest) / "heldout"
     return str(beside) if (beside / "manifest.json").is_file() else None
 
 
@@ -224,9 +229,7 @@ def heldout_batches(
     """
     path = heldout_manifest(config)
     if path is None:
-        raise UserError(
-            f"{config.manifest} has no held-out part; set data.heldout, or prepare with heldout=0.05"
-        )
+        raise UserError(f"{config.manifest} has no held-out part; set data.heldout, or prepare with heldout=0.05")
     manifest, tokenizer = _open(path, config.tokenizer or _tokenizer_of(config))
     documents = Documents(manifest, tokenizer, config.max_bad_samples)
     layout = Layout(window_samples(manifest, config.window), config.sequence_length, config.pack, None)
@@ -245,7 +248,7 @@ def heldout_batches(
 
 
 def _tokenizer_of(config: DataConfig) -> str | None:
-    stored = stored_tokenizer(Path(config.manifest)) if config.manifest else None
+    stored = stored_tokenizer(manifest_folder(config.manifest)) if config.manifest else None
     return str(stored) if stored else None
 
 

@@ -62,7 +62,7 @@ class Manifest:
         """
         if not os.fspath(path):
             raise UserError("data.manifest is not set; name a folder that `millrace prepare` wrote")
-        folder = Path(path).parent if Path(path).name == "manifest.json" else Path(path)
+        folder = manifest_folder(path)
         record = _read(folder)
         if record["fingerprint"] != fingerprint(record):
             raise UserError(f"{folder / 'manifest.json'} was altered by hand: its fingerprint does not fit")
@@ -101,24 +101,25 @@ class Manifest:
             )
 
 
+def manifest_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder, whether it or its manifest.json is named."""
+    return Path(path).parent if Path(path).name == "manifest.json" else Path(path)
+
+
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if (folder / ".work").is_dir():
-            raise UserError(
-                f"{folder} is half prepared; run the same `millrace prepare` again to finish"
-            ) from None
+            raise UserError(f"{folder} is half prepared; run the same `millrace prepare` again to finish") from None
         raise UserError(f"no manifest in {folder} (no {path}); write one with `millrace prepare`") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable manifest: {error}") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is not a millrace manifest; name a folder that `millrace prepare` wrote")
     if record.get("version") != VERSION:
-        raise UserError(
-            f"{path} has version {record.get('version')}, this release reads {VERSION}; prepare again"
-        )
+        raise UserError(f"{path} has version {record.get('version')}, this release reads {VERSION}; prepare again")
     return record
 
 

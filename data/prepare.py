@@ -36,13 +36,9 @@ class PrepareConfig:
 
     inputs: list[str] = option([], f"files, folders, globs, or data sets as {DATASET}NAME[:CONFIG[:SPLIT]]")
     out: str = option("", "folder to write the manifest to")
-    kind: Literal["auto", "jsonl", "parquet", "text"] = option(
-        "auto", "format of the files (auto: by suffix)"
-    )
+    kind: Literal["auto", "jsonl", "parquet", "text"] = option("auto", "format of the files (auto: by suffix)")
     text: str = option("text", "column or field that holds the text")
-    tokenizer: str | None = option(
-        None, "tokenizer folder, file or hub name (default: train a byte-level BPE)"
-    )
+    tokenizer: str | None = option(None, "tokenizer folder, file or hub name (default: train a byte-level BPE)")
     vocab_size: int = option(8192, "vocabulary of the tokenizer to train")
     train_bytes: int = option(64 * 2**20, "text that the tokenizer is trained on, at most", unit="bytes")
     count_tokens: bool = option(True, "count tokens, which best-fit packing needs")
@@ -99,7 +95,7 @@ def prepare(config: PrepareConfig, progress: Progress = _no_progress) -> Summary
     if not config.out:
         raise UserError("no folder to write to: set out, such as --out data/corpus")
     out = Path(config.out).absolute()
-    options = {k: v for k, v in _plain(config).items() if k != "out"}
+    options = _options(config)
     finished = (out / "manifest.json").exists()
     if not finished:
         _claim(out, options)
@@ -107,6 +103,19 @@ def prepare(config: PrepareConfig, progress: Progress = _no_progress) -> Summary
     if finished:
         return _check_finished(out, options, files)
     tokenizer = _tokenizer(config, files, out, progress)
+    try:
+        return _finish(config, tokenizer, files, out, progress)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {out}: {error.strerror or error}; free space there and run the same command again "
+            "to continue"
+        ) from None
+
+
+def _finish(
+    config: PrepareConfig, tokenizer: Tokenizer | None, files: Sequence[InputFile], out: Path, progress: Progress
+) -> Summary:
+    """Do the units that are left, then make the manifest visible."""
     units = make_units(files)
     reused = _run(units, _unit_options(config, tokenizer), out, progress)
     records = [_record(out, number) for number in range(len(units))]
@@ -114,7 +123,7 @@ def prepare(config: PrepareConfig, progress: Progress = _no_progress) -> Summary
     hashes = {name: sha for record in records for name, sha in record["hashes"].items()}
     known = [[str(f.path), f.size, f.mtime_ns, hashes[str(f.path)]] for f in files]
     kept = {name: value for name, value in asdict(summary).items() if name not in ("out", "tokenizer")}
-    prepared = {"options": options, "files": known, "summary": kept}
+    prepared = {"options": _options(config), "files": known, "summary": kept}
     write_atomic(out / "prepared.json", json.dumps(prepared, indent=1))
     commit_manifest(out, made)
     shutil.rmtree(out / ".work")
@@ -133,8 +142,8 @@ def _unit_options(config: PrepareConfig, tokenizer: Tokenizer | None) -> UnitOpt
     )
 
 
-def _plain(config: PrepareConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+def _options(config: PrepareConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "out"}
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -196,9 +205,7 @@ def _check_finished(out: Path, options: dict[str, Any], files: Sequence[InputFil
     return Summary(**{**done["summary"], "out": str(out), "tokenizer": tokenizer, "already_done": True})
 
 
-def _tokenizer(
-    config: PrepareConfig, files: Sequence[InputFile], out: Path, progress: Progress
-) -> Tokenizer | None:
+def _tokenizer(config: PrepareConfig, files: Sequence[InputFile], out: Path, progress: Progress) -> Tokenizer | None:
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
     if not config.count_tokens:
@@ -311,10 +318,7 @@ def _shards(records: list[dict[str, Any]], part: str, out: Path, folder: Path) -
     """Shards of all units; what lies below `out` is named relative to the manifest's folder."""
     shards = [Shard(**shard) for record in records for shard in record[part]["shards"]]
     inside = [Path(shard.url).is_relative_to(out) for shard in shards]
-    return [
-        replace(s, url=os.path.relpath(s.url, folder)) if i else s
-        for s, i in zip(shards, inside, strict=True)
-    ]
+    return [replace(s, url=os.path.relpath(s.url, folder)) if i else s for s, i in zip(shards, inside, strict=True)]
 
 
 def _entries(out: Path, part: str, units: int) -> Iterator[Entries]:

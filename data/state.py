@@ -71,9 +71,7 @@ class LoaderState:
             for name in last.__dataclass_fields__
             if name != "start_window"
         }
-        changed = [
-            f"{name} was {old!r} and is now {new!r}" for name, (old, new) in pairs.items() if old != new
-        ]
+        changed = [f"{name} was {old!r} and is now {new!r}" for name, (old, new) in pairs.items() if old != new]
         if changed:
             raise UserError(
                 f"cannot resume the data stream: {'; '.join(changed)}. Put these back to continue exactly, "

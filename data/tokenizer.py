@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from millrace.core.errors import UserError
 from millrace.core.rundir import write_atomic
 
 END_OF_TEXT = "<|endoftext|>"
+_BATCH_CHARACTERS = 2**19  # tokenised at a time
+_PIECE_CHARACTERS = 2**14  # read at a time by the trainer, which counts words of 256 pieces at once
 # Read in this order where a bare tokenizer.json names no border tokens.
 _KNOWN_EOS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 _KNOWN_BOS = ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]")
@@ -62,9 +64,15 @@ class Tokenizer:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids (int32, shape (n,)) of each text, without border tokens."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        """Token ids (int32, shape (n,)) of each text, without border tokens.
+
+        Works through `texts` in batches, as an encoding takes about 100 bytes of memory per byte of text.
+        """
+        ids: list[np.ndarray] = []
+        for start, stop in _batches([len(text) for text in texts]):
+            encodings = self.backend.encode_batch_fast(list(texts[start:stop]), add_special_tokens=False)
+            ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens included."""
@@ -84,6 +92,17 @@ class Tokenizer:
         write_atomic(target / "tokenizer.json", json.dumps(self._spec, ensure_ascii=False))
 
 
+def _batches(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    start = size = 0
+    for stop, length in enumerate(lengths):
+        if stop > start and size + length > _BATCH_CHARACTERS:
+            yield start, stop
+            start, size = stop, 0
+        size += length
+    if start < len(lengths):
+        yield start, len(lengths)
+
+
 def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     """Load from a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub.
 
@@ -96,9 +115,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     elif not path.is_file():
         return _from_hub(os.fspath(name))
     if not path.is_file():
-        raise UserError(
-            f"the folder {path.parent} holds no tokenizer.json; name a tokenizer or a folder with one"
-        )
+        raise UserError(f"the folder {path.parent} holds no tokenizer.json; name a tokenizer or a folder with one")
     return Tokenizer(_json(path), _json(path.with_name("tokenizer_config.json")), str(path))
 
 
@@ -128,6 +145,16 @@ def _from_hub(name: str) -> Tokenizer:
     return Tokenizer(spec, config, name)
 
 
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a long text after line ends (or anywhere, where lines are longer than a piece)."""
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        stop = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1 or start + _PIECE_CHARACTERS
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
     """Train a byte-level BPE whose round trip is lossless; `<|endoftext|>` (id 0) marks both borders.
 
@@ -145,5 +172,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> 
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=progress,
     )
-    backend.train_from_iterator(texts, trainer)
+    pieces = (piece for text in texts for piece in _pieces(text))
+    backend.train_from_iterator(pieces, trainer)
     return Tokenizer(json.loads(backend.to_str()), {}, "the trained tokenizer")

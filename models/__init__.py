@@ -1,7 +1,8 @@
 """What is trained: the bridge to transformers, packing, parameter and FLOP counts.
 
-Every causal language model that `transformers.AutoConfig.for_model` knows trains without an entry here. An entry in
-`REGISTRY` records what was proven about an architecture: how the depth dial sizes it, whether documents may be packed.
+Every causal language model that `transformers.AutoConfig.for_model` knows trains without an entry here. An
+entry in `REGISTRY` records what was proven about an architecture: how the depth dial sizes it, whether
+documents may be packed.
 """
 
 if __name__ != "millrace.models":

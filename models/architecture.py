@@ -33,9 +33,7 @@ MIXTRAL = Architecture(mlp="experts")
 QWEN3_MOE = Architecture(mlp="experts", expert_size_key="moe_intermediate_size")
 # Gemma 2 soft-caps attention scores, which only the eager attention does.
 GEMMA2 = Architecture(mlp="gated", attention="eager", documents=False)
-RECURRENT = Architecture(
-    packable=False, documents=False, why_not="its recurrent state runs on across document borders"
-)
+RECURRENT = Architecture(packable=False, documents=False, why_not="its recurrent state runs on across document borders")
 
 
 def architecture(kind: str) -> Architecture | None:
@@ -46,15 +44,16 @@ def architecture(kind: str) -> Architecture | None:
 
 
 def depth_sizes(kind: str, depth: int, given: dict[str, object]) -> dict[str, object]:
-    """Sizes that the depth dial gives, by transformers' common names, to be filtered by what the family knows.
+    """Sizes that the depth dial gives, by transformers' common names, to be filtered by what the family
+    knows.
 
     `given` holds the user's own keys; width, heads and active experts found there shape the rest.
 
-    nanochat's rule (karpathy/nanochat, scripts/base_train.py: `--depth`, `--aspect-ratio 64`): layers = depth, width =
-    64 · depth, as many key-value heads as heads. Heads are 64 wide here, not nanochat's 128, so that heads = depth
-    and small models keep several. The feed-forward part has 8 · width² weights in every family: 4 · width
-    neurons without a gate (as nanochat), 8/3 · width rounded up to a multiple of 64 with one, and the same divided
-    over the active experts of a mixture.
+    nanochat's rule (karpathy/nanochat, scripts/base_train.py: `--depth`, `--aspect-ratio 64`): layers =
+    depth, width = 64 · depth, as many key-value heads as heads. Heads are 64 wide here, not nanochat's 128,
+    so that heads = depth and small models keep several. The feed-forward part has 8 · width² weights in every
+    family: 4 · width neurons without a gate (as nanochat), 8/3 · width rounded up to a multiple of 64 with
+    one, and the same divided over the active experts of a mixture.
 
     Raises:
         UserError: depth below 1, or a family that the dial does not size.

@@ -1,9 +1,11 @@
-"""Attention document by document: what a mask over packed rows computes, without the work that the mask discards.
+"""Attention document by document: what a mask over packed rows computes, without the work that the mask
+discards.
 
-Registered with transformers as the attention implementation "documents". Called with a table of document starts (see
-`document_starts`) in the place of a 4-D mask, it attends causally inside each document; called with anything else it is
-transformers' "sdpa". The table's shape depends on the batch's shape only and the loop over documents lies inside a
-custom operator, so that `torch.compile` neither breaks the graph nor recompiles when document lengths change.
+Registered with transformers as the attention implementation "documents". Called with a table of document
+starts (see `document_starts`) in the place of a 4-D mask, it attends causally inside each document; called
+with anything else it is transformers' "sdpa". The table's shape depends on the batch's shape only and the
+loop over documents lies inside a custom operator, so that `torch.compile` neither breaks the graph nor
+recompiles when document lengths change.
 
 B rows, H heads, T positions, D head width.
 """
@@ -27,8 +29,8 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 def document_starts(seq_lens: list[list[int]], length: int) -> torch.Tensor:
     """int32 (B, 1, 1, T): for each position the start of its document in its row, -1 for padding.
 
-    `seq_lens` are the document lengths of each row in tokens, `length` is T. Four dimensions, because transformers
-    passes a 4-D mask unchanged to every attention layer.
+    `seq_lens` are the document lengths of each row in tokens, `length` is T. Four dimensions, because
+    transformers passes a 4-D mask unchanged to every attention layer.
     """
     table = torch.full((len(seq_lens), 1, 1, length), PADDING, dtype=torch.int32)
     for row, lengths in enumerate(seq_lens):

@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, initialization
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -25,12 +32,14 @@ VOCABULARY_MULTIPLE = 64
 def hf_config(config: ModelConfig, vocab_size: int, sequence_length: int) -> PretrainedConfig:
     """The transformers configuration of `[model]`, for a tokenizer of `vocab_size` tokens.
 
-    What `model.config` leaves out: sizes come from `model.depth` (see `depth_sizes`), the vocabulary is padded
-    to a multiple of 64 (faster matrix products; the spare rows are never targets), `max_position_embeddings` is
-    the sequence length, dropout is 0, and no token is special (a padding token's embedding would never be trained).
+    What `model.config` leaves out: sizes come from `model.depth` (see `depth_sizes`), the vocabulary is
+    padded to a multiple of 64 (faster matrix products; the spare rows are never targets),
+    `max_position_embeddings` is the sequence length, dropout is 0, and no token is special (a padding token's
+    embedding would never be trained).
 
     Raises:
-        UserError: unknown kind or key, a value that transformers refuses, a vocabulary or context that is too small.
+        UserError: unknown kind or key, a value that transformers refuses, a vocabulary or context that is too
+        small.
     """
     cls = _config_class(config)
     given = _canonical(config.config, cls)
@@ -59,10 +68,11 @@ def build_model(
 ) -> PreTrainedModel:
     """A causal language model in training mode, fp32 on CPU, or partitioned when `zero3_config` is given.
 
-    Random weights are drawn module by module after seeding with (`seed`, module name), so they are equal at every
-    ZeRO stage and world size. With `zero3_config` (a DeepSpeed configuration of stage 3; torch.distributed must be
-    initialised) each module is partitioned right after construction and gathered one at a time to be filled;
-    parameters then have that configuration's dtype. The global random state is left as it was.
+    Random weights are drawn module by module after seeding with (`seed`, module name), so they are equal at
+    every ZeRO stage and world size. With `zero3_config` (a DeepSpeed configuration of stage 3;
+    torch.distributed must be initialised) each module is partitioned right after construction and gathered
+    one at a time to be filled; parameters then have that configuration's dtype. The global random state is
+    left as it was.
 
     Raises:
         UserError: as `hf_config`; or, for `model.init`, weights that do not fit the architecture, by name.
@@ -214,7 +224,8 @@ def _origin(config: ModelConfig, key: str) -> str:
 def _attention(config: ModelConfig, built: PretrainedConfig) -> str:
     record = architecture(built.model_type)
     wanted = config.attention
-    plain = "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(built)]._supports_sdpa else "eager"
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(built)]
+    plain = "sdpa" if model_class._supports_sdpa else "eager"
     if wanted == "auto":
         if record is None:
             return plain

@@ -13,7 +13,8 @@ from millrace.models.heads import run_without_weights, without_weights
 
 @dataclass(frozen=True, slots=True)
 class ParameterCounts:
-    """Numbers of weights. `head` is 0 when it is tied to the embedding; `active` leaves out the experts that one
+    """Numbers of weights. `head` is 0 when it is tied to the embedding; `active` leaves out the experts that
+    one
     token does not visit."""
 
     total: int
@@ -59,11 +60,11 @@ def _first(config: PretrainedConfig, *names: str) -> int:
 def flops_per_token(hf_config: PretrainedConfig, sequence_length: int) -> float:
     """Training operations per token at this sequence length: 3 × the matrix products of one forward pass.
 
-    The convention of PaLM (arXiv:2204.02311, appendix B): a multiply-add counts 2, the backward pass counts twice the
-    forward pass, attention counts the full square of scores (no credit for causality, windows or document borders),
-    embedding look-ups, norms and activations count nothing, recomputed activations count nothing, and of a mixture only
-    the experts that a token visits count. For a dense decoder that is 6 · (matrix weights, head included) +
-    12 · layers · width of all heads · sequence length.
+    The convention of PaLM (arXiv:2204.02311, appendix B): a multiply-add counts 2, the backward pass counts
+    twice the forward pass, attention counts the full square of scores (no credit for causality, windows or
+    document borders), embedding look-ups, norms and activations count nothing, recomputed activations count
+    nothing, and of a mixture only the experts that a token visits count. For a dense decoder that is 6 ·
+    (matrix weights, head included) + 12 · layers · width of all heads · sequence length.
 
     Counted with `torch.utils.flop_counter` on fake tensors, so no formula per architecture can go stale.
     """

@@ -23,7 +23,8 @@ from millrace.models import REGISTRY
 
 
 def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    """(backbone, head): hidden_BTE = backbone(input_ids, ...).last_hidden_state, logits_BTV = transform(head(hidden)).
+    """(backbone, head): hidden_BTE = backbone(input_ids, ...).last_hidden_state, logits_BTV =
+    transform(head(hidden)).
 
     Architectures without an entry in `REGISTRY` are checked here: both ways must run the same operations.
 
@@ -45,10 +46,11 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 @dataclass(frozen=True)
 class LogitsTransform:
-    """What an architecture does to its head's output: logits · factor, then soft-capped, cap · tanh(logits / cap).
+    """What an architecture does to its head's output: logits · factor, then soft-capped, cap · tanh(logits /
+    cap).
 
-    Soft-capping is that of Gemma 2 (arXiv:2408.00118, section 2) and nanochat; Cohere multiplies, Granite divides.
-    A loss with a gradient of its own relies on these two steps being all there is.
+    Soft-capping is that of Gemma 2 (arXiv:2408.00118, section 2) and nanochat; Cohere multiplies, Granite
+    divides. A loss with a gradient of its own relies on these two steps being all there is.
     """
 
     factor: float = 1.0
@@ -107,7 +109,8 @@ def without_weights(config: PretrainedConfig) -> PreTrainedModel:
 def run_without_weights(forward: Callable[..., Any], length: int, *modes: Any) -> None:
     """Call `forward` on one row of `length` fake tokens inside the dispatch `modes`.
 
-    Fake tensors, because transformers asks for values of plain meta tensors (positions, masks) and spares fake ones.
+    Fake tensors, because transformers asks for values of plain meta tensors (positions, masks) and spares
+    fake ones.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())

@@ -23,19 +23,22 @@ def module_seed(seed: int, name: str) -> int:
 def draw_weights(model: PreTrainedModel, seed: int) -> None:
     """Fill `model` with its own `_init_weights`, module by module, children before parents.
 
-    The generator is seeded with (`seed`, module name) before each module, on CPU and in fp32 whatever the model's
-    device and dtype, so every ZeRO stage, precision and world size starts from equal weights. Partitioned modules (ZeRO
-    stage 3) are gathered one at a time and drawn by rank 0; a tied weight is drawn once, by its first module.
-    Parents come last because some families (GPT-2, nanochat) redraw their children's output projections.
+    The generator is seeded with (`seed`, module name) before each module, on CPU and in fp32 whatever the
+    model's device and dtype, so every ZeRO stage, precision and world size starts from equal weights.
+    Partitioned modules (ZeRO stage 3) are gathered one at a time and drawn by rank 0; a tied weight is drawn
+    once, by its first module. Parents come last because some families (GPT-2, nanochat) redraw their
+    children's output projections.
 
     Raises:
-        UserError: the architecture leaves a parameter uninitialised (NaN; see `bridge._empty_is_nan`), by name.
+        UserError: the architecture leaves a parameter uninitialised (NaN; see `bridge._empty_is_nan`), by
+        name.
     """
     drawn: dict[int, str] = {}
     with guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
         for name, module, owner in _modules(model, model, ""):
             touched = _touched(module)
-            # Tied: what another branch has drawn already is flagged, and transformers' functions leave it alone.
+            # Tied: what another branch has drawn already is flagged, and transformers' functions leave it
+            # alone.
             tied = [p for p in touched if id(p) in drawn and not _inside(drawn[id(p)], name)]
             with _whole(touched), _flagged(tied), _fp32_on_cpu(touched):
                 torch.manual_seed(module_seed(seed, name))
@@ -45,14 +48,12 @@ def draw_weights(model: PreTrainedModel, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if getattr(parameter, "ds_tensor", parameter).isnan().any():
             raise UserError(
-                f"model.kind = '{model.config.model_type}' leaves '{name}' uninitialised in the installed transformers; "
-                "start from a folder (model.init) or choose another kind"
+                f"model.kind = '{model.config.model_type}' leaves '{name}' uninitialised in the installed "
+                "transformers; start from a folder (model.init) or choose another kind"
             )
 
 
-def _modules(
-    module: nn.Module, owner: PreTrainedModel, name: str
-) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+def _modules(module: nn.Module, owner: PreTrainedModel, name: str) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
     """Children before parents, each with the (sub-)model whose `_init_weights` applies to it."""
     if isinstance(module, PreTrainedModel):
         owner = module

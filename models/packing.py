@@ -24,20 +24,19 @@ def check_packable(kind: str) -> None:
         return
     why = load(REGISTRY[kind]).why_not if kind in REGISTRY else "nobody has proven that its documents stay apart"
     raise UserError(
-        f"model.kind = '{kind}' cannot be trained on packed documents: {why}; set data.pack = false "
-        f"(packable: {', '.join(sorted(PACKABLE))})"
+        f"model.kind = '{kind}' cannot be trained on packed documents: {why}; "
+        f"take one of {', '.join(sorted(PACKABLE))}"
     )
 
 
-def document_inputs(
-    position_ids_BT: torch.Tensor, seq_lens: list[list[int]], attention_name: str
-) -> dict[str, Any]:
+def document_inputs(position_ids_BT: torch.Tensor, seq_lens: list[list[int]], attention_name: str) -> dict[str, Any]:
     """Keyword arguments of the backbone under which attention never crosses a document border.
 
-    `position_ids_BT` restart at 0 in every document; `seq_lens` are the document lengths of each row, padding left out;
-    `attention_name` is `model.config._attn_implementation`. For "documents" a table of starts stands in the place of
-    the mask. For the others transformers derives the mask from the positions, which it does only without a mask
-    and without a cache (`masking_utils._preprocess_mask_arguments`). Call it outside a compiled region.
+    `position_ids_BT` restart at 0 in every document; `seq_lens` are the document lengths of each row, padding
+    left out; `attention_name` is `model.config._attn_implementation`. For "documents" a table of starts
+    stands in the place of the mask. For the others transformers derives the mask from the positions, which it
+    does only without a mask and without a cache (`masking_utils._preprocess_mask_arguments`). Call it outside
+    a compiled region.
     """
     inputs: dict[str, Any] = {"position_ids": position_ids_BT, "attention_mask": None, "use_cache": False}
     if attention_name == attention.NAME:

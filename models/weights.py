@@ -64,8 +64,9 @@ class Group:
 def load_weights(model: PreTrainedModel, name: str) -> None:
     """Fill `model` from the safetensors of folder or hub name `name`, reading one parameter at a time.
 
-    Names and layouts are converted as `from_pretrained` does (fused experts, renamed modules). Everything is checked
-    from the files' headers before the first weight is written. Partitioned parameters are gathered one by one.
+    Names and layouts are converted as `from_pretrained` does (fused experts, renamed modules). Everything is
+    checked from the files' headers before the first weight is written. Partitioned parameters are gathered
+    one by one.
 
     Raises:
         UserError: no safetensors, or tensors that are missing, unexpected or of another shape, by name.
@@ -182,9 +183,7 @@ def _check(model: PreTrainedModel, groups: list[Group], checkpoint: Checkpoint) 
                 f"model.init = '{checkpoint.name}': {what} tensors: {', '.join(names[:5])}{more}; "
                 "the weights do not fit the folder's config.json and [model.config]"
             )
-    return [
-        {k for k in shapes if k in tensors and not (k in tied and tied[k] in found)} for shapes in made
-    ]
+    return [{k for k in shapes if k in tensors and not (k in tied and tied[k] in found)} for shapes in made]
 
 
 def _not_matching(names: list[str], patterns: Any) -> list[str]:

@@ -159,9 +159,10 @@ def _evaluate(parts: Parts, point: Point, progress: Progress) -> None:
         found = evaluate(parts.engine, parts.heldout())
         parts.tracker.log(
             "eval", step=point.step, loss=found.loss, bpb=found.bpb, tokens=found.tokens, bytes=found.bytes,
-            seconds=time.perf_counter() - began,
+            seconds=time.perf_counter() - began, **found.averages,
         )  # fmt: skip
-        progress.say(f"step {point.step}: held-out {found.loss:.4f} nats/token, {found.bpb:.4f} bits per byte")
+        more = "".join(f", {name} {value:.4f}" for name, value in found.averages.items())
+        progress.say(f"step {point.step}: held-out {found.loss:.4f} nats/token, {found.bpb:.4f} bits per byte{more}")
     for prompt, text in parts.sample() if parts.sample is not None else ():
         parts.tracker.log("sample", step=point.step, prompt=prompt, text=text)
 

@@ -1,4 +1,4 @@
-"""Live progress of a run on stderr: one redrawn block in a terminal, one plain line now and then elsewhere."""
+"""Live progress of a run on stderr: a redrawn block in a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _SMOOTH = 0.1
 class Progress:
     """Shows step, loss, bits per byte, tokens/s, MFU, data-wait share and time left; a context manager.
 
-    The run's length is whichever of `total_steps`, `total_tokens` and `total_seconds` is given (none: unknown).
+    The run's length is whichever of `total_steps`, `total_tokens` and `total_seconds` (of training, over all
+    starts) is given; none means unknown.
     `enabled` is true on rank 0 only. The terminal is restored however the block is left.
     """
 
@@ -88,7 +89,7 @@ class Progress:
             self._first = {key: self._reached(key, record) for key in self._totals}
             self._first["step"] -= 1
             self._first["tokens_total"] -= record["tokens"]
-            self._first["seconds"] = 0.0
+            self._first["seconds"] -= record["seconds"]
         self._record = record
         for key in ("loss", "bpb", "tokens_per_s", "mfu"):
             self._average(key, record.get(key))
@@ -110,10 +111,13 @@ class Progress:
         self._mean[key] = value if restart else old + _SMOOTH * (value - old)  # type: ignore[operator]
 
     def _reached(self, key: str, record: dict[str, Any]) -> float:
-        return self._training if key == "seconds" else float(record.get(key, 0))
+        if key == "seconds":
+            # A continued run has trained before this process began, which only the loop knows.
+            return float(record.get("seconds_total", self._training))
+        return float(record.get(key, 0))
 
     def _progress(self) -> tuple[float, float | None]:
-        """(share done in 0..1, seconds left), from the limit that will be met first; (0, None) when unknown."""
+        """(share done in 0..1, seconds left) by the limit that will be met first; (0, None) when unknown."""
         best: tuple[float, float | None] = (0.0, None)
         for key, total in self._totals.items():
             if not total or not self._record:
@@ -159,7 +163,7 @@ class Progress:
             return Text("starting: the first step compiles and warms up …", style="dim")
         share, left = self._progress()
         grid = Table.grid(padding=(0, 2))
-        for label, value in cells:
+        for _ in cells:
             grid.add_column(no_wrap=True)
         grid.add_row(*(Text(label, style="dim") for label, _ in cells))
         grid.add_row(*(Text(value, style="bold") for _, value in cells))

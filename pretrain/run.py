@@ -24,7 +24,7 @@ from millrace.engine.peak import peak_flops
 from millrace.engine.precision import choose_precision
 from millrace.engine.zero import deepspeed_config
 from millrace.eval.generate import continue_text
-from millrace.models.bridge import build_model
+from millrace.models.bridge import build_model, hf_config
 from millrace.models.counts import flops_per_token
 from millrace.models.packing import check_packable
 from millrace.pretrain.config import PretrainConfig, fingerprint, resolve
@@ -60,12 +60,12 @@ def pretrain(config: PretrainConfig) -> int:
 
 
 def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precision: str) -> int:
-    check_packable(config.model.kind)
     manifest = Manifest.load(config.data.manifest)
     rundir = RunDir(Path(config.run.dir) / config.run.name)
-    run_id = world.on_main(lambda: _claim(config, rundir, manifest))
     with build_loader_at(config, world, None) as probe:
         tokenizer = probe.tokenizer
+    check_packable(hf_config(config.model, tokenizer.vocab_size, config.data.sequence_length).model_type)
+    run_id = world.on_main(lambda: _claim(config, rundir, manifest))
     engine, model = build_engine(config, world, settings, tokenizer.vocab_size)
     found, rejected = open_newest(rundir.checkpoints, world)
     point, state, steps = _resume(found, engine)

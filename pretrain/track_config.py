@@ -10,7 +10,7 @@ from millrace.core.config import option
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackConfig:
-    """The ledger is always written; wandb is an addition. Its key comes from WANDB_API_KEY, never from a file."""
+    """The ledger is always written; wandb is an addition. Its key comes from WANDB_API_KEY only."""
 
     wandb: Literal["disabled", "offline", "online"] = option(
         "disabled", "where curves are also sent: disabled, offline (into the run directory) or online"
@@ -19,9 +19,7 @@ class TrackConfig:
     entity: str | None = option(None, "wandb team or user; unset takes your default one")
     tags: list[str] = option([], "wandb tags of this run")
     log_every: int = option(1, "steps between two points sent to wandb (the ledger has every step)")
-    norms_every: int = option(
-        50, "steps between two records of per-layer norms and the largest logit; 0: never"
-    )
+    norms_every: int = option(50, "steps between two records of per-layer norms and the largest logit; 0: never")
 
     def __post_init__(self) -> None:
         if self.log_every < 1:

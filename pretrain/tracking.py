@@ -1,7 +1,7 @@
-"""Tracking: every event goes into the ledger; wandb gets a copy in the background and can never hold a run up.
+"""Tracking: every event goes into the ledger; wandb gets a copy in the background and never holds a run up.
 
-wandb is imported, started, fed and finished on daemon threads with time limits. A network that is away, a server
-that hangs or an exception costs one warning: online falls back to offline, offline to nothing.
+wandb is imported, started, fed and finished on daemon threads with time limits. A network that is away, a
+server that hangs or an exception costs one warning: online falls back to offline, offline to nothing.
 """
 
 from __future__ import annotations
@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 import os
 import queue
+import socket
 import threading
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -25,16 +29,17 @@ T = TypeVar("T")
 # Events that a power cut may not lose: they decide where a run continues and what its report says.
 _DURABLE = frozenset({"start", "checkpoint", "resume", "end"})
 # wandb's exit handler waits for a start under way, so this also bounds how long a finished run can linger.
-_INIT_SECONDS = 6.0
-_FINISH_SECONDS = 10.0
+_INIT_SECONDS = 5.0
+_PROBE_SECONDS = 3.0
+_FINISH_SECONDS = 12.0
 _QUEUE = 10_000
 
 
 class Tracker:
     """Writes the run's ledger, and sends the same events to wandb where `config` asks for it.
 
-    `enabled` is true on rank 0 only; elsewhere every call does nothing. `resolved_config` is the whole configuration
-    as plain values, shown by wandb beside the curves; it holds no secrets.
+    `enabled` is true on rank 0 only; elsewhere every call does nothing. `resolved_config` is the whole
+    configuration as plain values, shown by wandb beside the curves; it holds no secrets.
 
     Raises:
         UserError: the ledger cannot be opened or written.
@@ -146,24 +151,34 @@ class _Wandb:
         if mode == "online" and not os.environ.get("WANDB_API_KEY"):
             warn("track.wandb = 'online' needs WANDB_API_KEY in the environment; recording offline")
             mode = "offline"
+        start_offline: Callable[[], Any] = partial(self._init, "offline")
         if mode == "online":
             try:
-                run = _bounded(lambda: self._init("online"), _INIT_SECONDS + 1)
+                _bounded(_probe, _PROBE_SECONDS)
+                run = _bounded(partial(self._init, "online"), _INIT_SECONDS)
                 say(f"wandb: {run.url}")
                 return run
             except Exception as error:
                 later = f"wandb sync {self._run_dir.path}/wandb/offline-*"
-                warn(
-                    f"wandb cannot be reached ({_first_line(error)}); recording offline, send later with: {later}"
-                )
+                warn(f"wandb cannot be reached ({_first_line(error)}); recording offline, send it later with: {later}")
+                start_offline = self._init_again
         try:
-            return _bounded(lambda: self._init("offline"), _INIT_SECONDS)
+            return _bounded(start_offline, _INIT_SECONDS)
         except Exception as error:
             warn(f"wandb does not start ({_first_line(error)}); the ledger goes on without it")
             return None
 
+    def _init_again(self) -> Any:
+        import wandb
+
+        # The background process of a failed start would refuse the run's id, as in use.
+        wandb.teardown()
+        return self._init("offline")
+
     def _init(self, mode: str) -> Any:
         os.environ.setdefault("WANDB_SILENT", "true")
+        # wandb reports its own errors to its makers, offline too, and at exit waits 20 s for a silent server.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         settings = wandb.Settings(
@@ -192,13 +207,26 @@ class _Wandb:
         return run
 
 
+def _probe() -> None:
+    """Raise OSError where wandb's server takes no connection: wandb itself would try until its time is up."""
+    if urllib.request.getproxies():
+        return
+    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    url = urllib.parse.urlsplit(base)
+    try:
+        port = url.port or (80 if url.scheme == "http" else 443)
+        socket.create_connection((url.hostname, port), _PROBE_SECONDS).close()
+    except OSError as error:
+        raise OSError(f"{base}: {error.strerror or error}") from None
+
+
 def _run_id(run_dir: RunDir) -> str:
     """The run's own id, so that every start of one run continues one wandb run."""
     return str(json.loads(run_dir.identity.read_text())["id"])
 
 
 def _bounded(call: Callable[[], T], seconds: float) -> T:
-    """`call()` on a daemon thread. Raises what it raises, and TimeoutError when it takes longer than `seconds`."""
+    """`call()` on a daemon thread. Raises what it raises, or TimeoutError after `seconds`."""
     outcome: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
 
     def work() -> None:

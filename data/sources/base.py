@@ -62,9 +62,7 @@ def decode(raw: bytes, offset: int = 0) -> str | BadSample:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        return BadSample(
-            f"not UTF-8 at byte {offset + error.start} ({error.reason}: 0x{raw[error.start]:02x})"
-        )
+        return BadSample(f"not UTF-8 at byte {offset + error.start} ({error.reason}: 0x{raw[error.start]:02x})")
 
 
 def check_text(text: object) -> str | BadSample:

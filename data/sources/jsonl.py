@@ -52,8 +52,4 @@ class JsonlSource(Source):
             keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             return BadSample(f"the line at byte {offset} has no field '{name}' (it has: {keys})")
         checked = check_text(record[name])
-        return (
-            BadSample(f"the line at byte {offset}: {checked.why}")
-            if isinstance(checked, BadSample)
-            else checked
-        )
+        return BadSample(f"the line at byte {offset}: {checked.why}") if isinstance(checked, BadSample) else checked

@@ -30,9 +30,7 @@ class ParquetSource(Source):
         with self._open(path) as file:
             for group in range(file.num_row_groups):
                 row = 0
-                for batch in file.iter_batches(
-                    1024, row_groups=[group], columns=self._wanted, use_threads=False
-                ):
+                for batch in file.iter_batches(1024, row_groups=[group], columns=self._wanted, use_threads=False):
                     table = self._prepare(pa.Table.from_batches([batch]), path)
                     for index in range(len(table)):
                         content = self._content(table, index, (group, row))

@@ -2,8 +2,7 @@
 
 if __name__ != "millrace.eval.report":
     raise ImportError(
-        f"import millrace.eval.report, not {__name__}: "
-        "a bare import would load a second copy with a second registry"
+        f"import millrace.eval.report, not {__name__}: a bare import would load a second copy with a second registry"
     )
 
 from millrace.eval.report.page import write_report

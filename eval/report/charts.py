@@ -41,9 +41,7 @@ def _quality(history: History, key: str, title: str) -> Chart | None:
             series.append(Series("each step", x, y, "faint"))
         series.append(Series("training", x, mean if len(y) > 50 else y))
     if evals:
-        series.append(
-            Series("held-out", _column(evals, "step"), _column(evals, key), "second", dots=len(evals) <= 40)
-        )
+        series.append(Series("held-out", _column(evals, "step"), _column(evals, key), "second", dots=len(evals) <= 40))
     if not series:
         return None
     counted = _with(history.steps, "tokens_total")
@@ -51,20 +49,16 @@ def _quality(history: History, key: str, title: str) -> Chart | None:
     return Chart(title, series, history.restarts, tokens, skip=_WARM)
 
 
-def _plain(
-    history: History, records: Sequence[Record], key: str, title: str, scale: str = "linear"
-) -> Chart | None:
+def _plain(history: History, records: Sequence[Record], key: str, title: str, scale: str = "linear") -> Chart | None:
     found = _with(records, key)
     if not found:
         return None
     x, y = _column(found, "step"), _column(found, key)
     series = [Series(title, x, y)]
-    if len(y) > 50 and key != "lr":
+    if len(y) > 50 and key not in ("lr", "max_logit"):
         series = [Series("each step", x, y, "faint"), Series("average", x, smooth(y))]
     # The first step warms caches up and compiles: it says nothing about the speed of the run.
-    return Chart(
-        title, series, history.restarts, scale=scale, skip=_WARM if key in ("tokens_per_s", "mfu") else 0.0
-    )
+    return Chart(title, series, history.restarts, scale=scale, skip=_WARM if key in ("tokens_per_s", "mfu") else 0.0)
 
 
 def _layers(history: History, key: str, title: str) -> Chart | None:

@@ -60,7 +60,8 @@ class Chart:
         named = [s for s in self.series if s.role != "faint"]
         if len(named) > 4:
             named = [named[0], named[len(named) // 2], named[-1]]
-        return [(s.name, _css(s.role)) for s in named]
+        # A line that bears the title needs no second name.
+        return [(s.name, _css(s.role)) for s in named if s.name != self.title]
 
 
 def _css(role: str) -> str:
@@ -107,7 +108,7 @@ def draw(chart: Chart) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.size": 10}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.size": 10}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         FigureCanvasSVG(figure)
@@ -148,7 +149,7 @@ def _axes(axes: Axes, chart: Chart) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_GRID)
-    axes.tick_params(colors=_MUTED, length=0, pad=5)
+    axes.tick_params(which="both", colors=_MUTED, length=0, pad=5)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.set_xlabel("steps", color=_MUTED, fontsize=9, loc="right", labelpad=1)

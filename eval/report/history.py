@@ -24,8 +24,9 @@ _OUTCOMES = {
 
 @dataclass(frozen=True)
 class History:
-    """The effective history of a run: what a run that was never interrupted would have recorded, and the returns."""
+    """The history of a run as if it had never been interrupted, and beside it the interruptions."""
 
+    started: float | None
     start: Record
     steps: list[Record]
     evals: list[Record]
@@ -46,6 +47,7 @@ class History:
         last_start = records[starts[-1]] if starts else {}
         ends = [record for record in records[starts[-1] if starts else 0 :] if record["event"] == "end"]
         return cls(
+            started=records[starts[0]]["time"] if starts else None,
             start=last_start,
             steps=used.steps,
             evals=effective(records, "eval"),
@@ -72,12 +74,9 @@ class History:
         """One sentence: what was trained, on how much, for how long, and how good it is."""
         if not self.steps:
             return "No step has been recorded yet."
-        parts = [
-            f"{fmt_count(self.start['params'])} parameters, trained" if "params" in self.start else "Trained"
-        ]
-        parts.append(
-            f"on {fmt_count(self.steps[-1].get('tokens_total', 0))} tokens in {fmt_seconds(self.wall_seconds)}"
-        )
+        parts = [f"{fmt_count(self.start['params'])} parameters, trained" if "params" in self.start else "Trained"]
+        tokens = fmt_count(self.steps[-1].get("tokens_total", 0))
+        parts.append(f"on {tokens} tokens in {fmt_seconds(self.wall_seconds)}")
         world = self.start.get("world")
         if world:
             stage = self.start.get("zero_stage")
@@ -139,7 +138,7 @@ def show(value: Any, how: Any) -> str | None:
 
 
 def _running_seconds(records: Sequence[Record], starts: list[int]) -> float:
-    """Seconds between the first and the last record of every start: the time in a queue between them is left out."""
+    """Seconds from the first to the last record of every start, without the time in a queue between them."""
     borders = [*(starts or [0]), len(records)]
     parts = [records[a:b] for a, b in zip(borders, borders[1:], strict=False)]
     return sum(part[-1]["time"] - part[0]["time"] for part in parts if part)

@@ -26,8 +26,8 @@ _ROWS = 40
 def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` into the run directory, from its ledger and config.toml alone, and return its path.
 
-    One file without script or external reference, in light or dark as the reader's system is set. It may be written
-    while the run goes on.
+    One file without script or external reference, in light or dark as the reader's system is set. It may be
+    written while the run goes on.
 
     Raises:
         UserError: no ledger there, or a damaged one.
@@ -65,7 +65,7 @@ def _page(name: str, history: History, config: str) -> str:
 
 def _header(name: str, history: History) -> str:
     words, kind = history.outcome()
-    started = f" · started {_when(history.start['time'])}" if "time" in history.start else ""
+    started = f" · started {_when(history.started)}" if history.started is not None else ""
     return (
         f'<header><p class="eyebrow">training run{started}</p><h1>{escape(name)}</h1>'
         f'<p class="lead">{escape(history.summary())}</p>'
@@ -74,9 +74,7 @@ def _header(name: str, history: History) -> str:
 
 
 def _figures(history: History) -> str:
-    cells = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in history.figures()
-    )
+    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in history.figures())
     return f'<section><dl class="figures">{cells}</dl></section>\n'
 
 
@@ -123,9 +121,7 @@ def _restarts(history: History) -> str:
     rows = []
     for record in history.resumes:
         rejected = "; ".join(f"{r.get('path')}: {r.get('why')}" for r in record.get("rejected") or [])
-        rows.append(
-            [_when(record["time"]), f"{record['step']:,}", str(record.get("from", "")), rejected or "none"]
-        )
+        rows.append([_when(record["time"]), f"{record['step']:,}", str(record.get("from", "")), rejected or "none"])
     return _table("Restarts", ["time", "from step", "checkpoint", "checkpoints refused"], rows, len(rows))
 
 
@@ -153,9 +149,7 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], total
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     note = f'<p class="note">{len(rows)} of {total} shown</p>' if len(rows) < total else ""
-    table = (
-        f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>{note}'
-    )
+    table = f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>{note}'
     return f"<section><h2>{escape(title)}</h2>{table}</section>\n" if title else table
 
 

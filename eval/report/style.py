@@ -58,5 +58,6 @@ details .scroll{border-width:1px 0 0;border-radius:0 0 .7rem .7rem}
 pre{margin:0;padding:.9rem 1rem;border-top:1px solid var(--line);overflow:auto;
 font:.83rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 footer{margin-top:2.6rem}
-@media(max-width:34rem){.sample div{grid-template-columns:1fr}figure{padding:.8rem .6rem .3rem}}
+@media(max-width:34rem){svg text{font-size:13px!important}
+.sample div{grid-template-columns:1fr}figure{padding:.8rem .6rem .3rem}}
 """

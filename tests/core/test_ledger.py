@@ -67,9 +67,7 @@ def test_what_json_cannot_hold_is_named_and_nothing_is_written(tmp_path: Path) -
 
 def test_non_finite_floats_are_valid_json_and_come_back(tmp_path: Path) -> None:
     with Ledger(tmp_path / "l") as book:
-        book.append(
-            "step", a=math.nan, b=math.inf, c=np.float32(-math.inf), d=torch.tensor(math.nan), e=[math.inf]
-        )
+        book.append("step", a=math.nan, b=math.inf, c=np.float32(-math.inf), d=torch.tensor(math.nan), e=[math.inf])
     raw = json.loads((tmp_path / "l").read_text())
     assert [raw[k] for k in "abcde"] == ["nan", "inf", "-inf", "nan", ["inf"]]
     [record] = read(tmp_path / "l")

@@ -65,7 +65,5 @@ def test_another_manifest_can_be_held_out(split: Path, corpora: Any, tmp_path: P
 
 
 def test_no_held_out_part(corpus: Path) -> None:
-    with pytest.raises(
-        UserError, match="has no held-out part; set data.heldout, or prepare with heldout=0.05"
-    ):
+    with pytest.raises(UserError, match="has no held-out part; set data.heldout, or prepare with heldout=0.05"):
         next(heldout_batches(DataConfig(manifest=str(corpus)), 1, 0, 1))

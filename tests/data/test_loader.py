@@ -29,14 +29,10 @@ def configure(corpus: Path, **options: Any) -> DataConfig:
     return DataConfig(**{"manifest": str(corpus), "sequence_length": LENGTH, "prefetch": 0} | options)
 
 
-def load(
-    corpus: Path, *, rows: int = 6, rank: int = 0, world: int = 1, micro: int = 1, **more: Any
-) -> Loader:
+def load(corpus: Path, *, rows: int = 6, rank: int = 0, world: int = 1, micro: int = 1, **more: Any) -> Loader:
     state, seed = more.pop("state", None), more.pop("seed", 11)
     config = configure(corpus, **more)
-    return build_loader(
-        config, seed=seed, batch_rows=rows, micro_batch=micro, rank=rank, world=world, state=state
-    )
+    return build_loader(config, seed=seed, batch_rows=rows, micro_batch=micro, rank=rank, world=world, state=state)
 
 
 def steps(loader: Iterator[StepBatch], count: int) -> list[StepBatch]:
@@ -54,12 +50,7 @@ def test_tokens_are_those_of_the_documents(corpus: Path, documents: list[str], p
         targets = 0
         for micro in batch.micro_batches:
             assert micro.input_ids_BT.shape == micro.labels_BT.shape == (3, LENGTH)
-            assert (
-                micro.input_ids_BT.dtype
-                == micro.labels_BT.dtype
-                == micro.position_ids_BT.dtype
-                == torch.int64
-            )
+            assert micro.input_ids_BT.dtype == micro.labels_BT.dtype == micro.position_ids_BT.dtype == torch.int64
             for row, spans in enumerate(micro.spans):
                 assert micro.seq_lens[row] == [end - start for _, start, end in spans]
                 at = 0
@@ -103,24 +94,18 @@ def test_windows_follow_the_order_over_epochs(corpus: Path) -> None:
 def test_every_worlds_ranks_build_the_same_step(corpus: Path) -> None:
     reference = steps(load(corpus, rows=24, micro=24, window=32), 5)
     for world, micro in ((1, 4), (2, 3), (3, 2), (4, 6), (8, 1), (6, 4)):
-        ranks = [
-            steps(load(corpus, rows=24, world=world, rank=r, micro=micro, window=32), 5) for r in range(world)
-        ]
+        ranks = [steps(load(corpus, rows=24, world=world, rank=r, micro=micro, window=32), 5) for r in range(world)]
         for number, whole in enumerate(reference):
             built = [ranks[r][number] for r in range(world)]
             parts = [m for a in range(24 // (world * micro)) for m in (b.micro_batches[a] for b in built)]
-            assert torch.equal(
-                torch.cat([p.input_ids_BT for p in parts]), whole.micro_batches[0].input_ids_BT
-            )
+            assert torch.equal(torch.cat([p.input_ids_BT for p in parts]), whole.micro_batches[0].input_ids_BT)
             assert torch.equal(torch.cat([p.labels_BT for p in parts]), whole.micro_batches[0].labels_BT)
             assert [s for p in parts for row in p.spans for s in row] == whole.spans
             assert all(b.spans == whole.spans and b.state == whole.state for b in built)
             assert sum(b.local_tokens for b in built) == whole.local_tokens
 
 
-SEGMENTS = st.lists(
-    st.tuples(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8]), st.integers(0, 4)), min_size=1, max_size=5
-)
+SEGMENTS = st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8]), st.integers(0, 4)), min_size=1, max_size=5)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -164,9 +149,7 @@ def test_resume_costs_the_same_anywhere(corpus: Path) -> None:
 
 def test_state_refuses_another_stream_by_name(corpus: Path) -> None:
     state = next(load(corpus)).state
-    with pytest.raises(
-        UserError, match="seed was 11 and is now 12; batch was 6 and is now 4; sequence_length was 48"
-    ):
+    with pytest.raises(UserError, match="seed was 11 and is now 12; batch was 6 and is now 4; sequence_length was 48"):
         load(corpus, seed=12, rows=4, sequence_length=64, state=state)
     saved = state.to_dict()
     with pytest.raises(UserError, match="version 99, this release reads 1"):
@@ -234,9 +217,7 @@ def test_long_documents_are_cut_into_consecutive_spans(corpora: Any, tmp_path: P
 
 @pytest.mark.parametrize("prefetch", [0, 3])
 def test_batch_that_ranks_do_not_divide(corpus: Path, prefetch: int) -> None:
-    message = (
-        "batch of 12 rows cannot be dealt to 4 ranks in micro-batches of 2 rows; with these, 1, 2, 3, 6 ranks"
-    )
+    message = "batch of 12 rows cannot be dealt to 4 ranks in micro-batches of 2 rows; with these, 1, 2, 3, 6 ranks"
     with pytest.raises(UserError, match=message):
         load(corpus, rows=12, world=4, micro=2, prefetch=prefetch)
     with pytest.raises(UserError, match="make the batch a positive multiple of the micro-batch"):
@@ -245,9 +226,7 @@ def test_batch_that_ranks_do_not_divide(corpus: Path, prefetch: int) -> None:
 
 def test_tokenizer_that_does_not_fit(corpus: Path, corpora: Any, tmp_path: Path) -> None:
     other = corpora.prepare_documents(tmp_path, corpora.make_documents(40), vocab_size=290)
-    with pytest.raises(
-        UserError, match="is not the one that .* was prepared with .* leave data.tokenizer unset"
-    ):
+    with pytest.raises(UserError, match="is not the one that .* was prepared with .* leave data.tokenizer unset"):
         load(corpus, tokenizer=str(other / "tokenizer"))
     plain = corpora.prepare_documents(tmp_path / "b", ["a"], count_tokens=False)
     with pytest.raises(UserError, match="no tokenizer lies beside .*; set data.tokenizer"):
@@ -324,9 +303,7 @@ def test_too_many_bad_samples_stop_the_run(
     corpus = corpora.prepare_documents(tmp_path, documents)
     spoil(monkeypatch, set(documents[3:9]))
     loader = load(corpus, max_bad_samples=2, prefetch=prefetch)
-    with pytest.raises(
-        UserError, match="3 samples could not be used, more than data.max_bad_samples = 2 .*spoilt"
-    ):
+    with pytest.raises(UserError, match="3 samples could not be used, more than data.max_bad_samples = 2 .*spoilt"):
         steps(loader, 100)
 
 

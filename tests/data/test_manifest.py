@@ -61,9 +61,7 @@ def test_the_fingerprint_is_of_content_not_of_place(corpora: Any, tmp_path: Path
 
 def test_a_tokenised_corpus_can_be_moved(corpora: Any, tmp_path: Path) -> None:
     corpus = corpora.prepare_documents(tmp_path / "a", corpora.make_documents(40), tokenize=True)
-    before = next(
-        build_loader(DataConfig(manifest=str(corpus)), seed=0, batch_rows=1, micro_batch=1, rank=0, world=1)
-    )
+    before = next(build_loader(DataConfig(manifest=str(corpus)), seed=0, batch_rows=1, micro_batch=1, rank=0, world=1))
     shutil.move(corpus, tmp_path / "moved")
     shutil.rmtree(tmp_path / "a")
     config = DataConfig(manifest=str(tmp_path / "moved"))
@@ -99,9 +97,7 @@ def swap_index(corpus: Path) -> None:
         (lambda c: (c / "index" / "00000.parquet").write_bytes(b"torn"), "cannot read the index file"),
     ],
 )
-def test_damage_is_named(
-    corpora: Any, tmp_path: Path, change: Callable[[Path], object], message: str
-) -> None:
+def test_damage_is_named(corpora: Any, tmp_path: Path, change: Callable[[Path], object], message: str) -> None:
     corpus = corpora.prepare_documents(tmp_path, corpora.make_documents(40))
     tokenizer = tmp_path / "tokenizer"
     shutil.copytree(corpus / "tokenizer", tokenizer)

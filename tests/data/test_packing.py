@@ -31,9 +31,7 @@ def test_equals_the_brute_force(lengths: list[int], capacity: int) -> None:
 
 
 @given(COSTS, st.integers(2, 32), st.booleans(), st.integers(0, 2**64 - 1))
-def test_every_position_is_in_exactly_one_span(
-    costs: list[int], capacity: int, best_fit: bool, key: int
-) -> None:
+def test_every_position_is_in_exactly_one_span(costs: list[int], capacity: int, best_fit: bool, key: int) -> None:
     packs = pack(np.array(costs, int), capacity, best_fit, key)
     positions = [(slot, at) for slot, start, end in packs.spans.tolist() for at in range(start, end)]
     assert sorted(positions) == [(slot, at) for slot, cost in enumerate(costs) for at in range(cost)]

@@ -100,9 +100,7 @@ def test_the_tokenizer_reads_a_bounded_share_of_every_unit(
 ) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     read: dict[str, int] = {}
-    run(
-        tmp_path / "out", shards, train_bytes=10_000, progress=lambda what, done, _: read.update({what: done})
-    )
+    run(tmp_path / "out", shards, train_bytes=10_000, progress=lambda what, done, _: read.update({what: done}))
     assert 8_000 < read["reading text for the tokenizer"] < 13_000
 
 
@@ -185,9 +183,7 @@ def test_a_finished_folder_is_left_alone(shards: Path, tmp_path: Path) -> None:
     again = run(tmp_path / "out", shards)
     assert again.already_done and again.fingerprint == first.fingerprint and again.train == first.train
     assert again.tokenizer == first.tokenizer and again.out == first.out
-    with pytest.raises(
-        UserError, match="prepared with other options .*heldout was 0.0 and is now 0.1.*new folder"
-    ):
+    with pytest.raises(UserError, match="prepared with other options .*heldout was 0.0 and is now 0.1.*new folder"):
         run(tmp_path / "out", shards, heldout=0.1)
     (shards / "9.jsonl").write_text('{"text": "new"}\n')
     with pytest.raises(UserError, match="9.jsonl was added after"):
@@ -230,9 +226,7 @@ def test_a_half_prepared_folder_refuses_other_options(shards: Path, tmp_path: Pa
 
     with pytest.raises(Stop):
         run(tmp_path / "out", shards, progress=interrupt)
-    with pytest.raises(
-        UserError, match="half prepared with other options .tokenize was False and is now True"
-    ):
+    with pytest.raises(UserError, match="half prepared with other options .tokenize was False and is now True"):
         run(tmp_path / "out", shards, tokenize=True)
 
 
@@ -286,6 +280,20 @@ def test_bad_inputs_are_named(shards: Path, tmp_path: Path) -> None:
         run(tmp_path / "e", tmp_path / "pictures")
     with pytest.raises(UserError, match="document 0: the line at byte 0 has no field 'body' .it has: text."):
         run(tmp_path / "f", shards, text="body")
+
+
+def test_a_full_disk_is_named_and_nothing_is_lost(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(units, "write_parquet", full)
+        with pytest.raises(UserError, match="cannot write to .*out: No space left on device; free space"):
+            run(tmp_path / "out", shards)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert run(tmp_path / "out", shards).train[0]["documents"] == 200
 
 
 def test_a_foreign_folder_is_not_touched(shards: Path, tmp_path: Path) -> None:

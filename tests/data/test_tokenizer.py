@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.core.errors import UserError
+from millrace.data import tokenizer as module
 from millrace.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_bpe
 
 
@@ -51,14 +52,29 @@ def test_auto_tokenizer_loads_the_folder_and_agrees(tokenizer: Tokenizer, folder
     assert theirs.eos_token == END_OF_TEXT and len(theirs) == tokenizer.vocab_size
 
 
-def test_what_transformers_saves_has_the_same_hash(
-    tokenizer: Tokenizer, folder: Path, tmp_path: Path
-) -> None:
+def test_what_transformers_saves_has_the_same_hash(tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).sha256 == tokenizer.sha256
     assert load_tokenizer(folder / "tokenizer.json").sha256 == tokenizer.sha256
+
+
+@given(st.lists(st.integers(0, 30), max_size=20))
+def test_batches_cover_all_texts_in_order(lengths: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BATCH_CHARACTERS", 40)
+        batches = list(module._batches(lengths))
+    assert [i for start, stop in batches for i in range(start, stop)] == list(range(len(lengths)))
+    assert all(stop - start == 1 or sum(lengths[start:stop]) <= 40 for start, stop in batches)
+
+
+@given(st.text("ab\n", max_size=200))
+def test_pieces_are_bounded_and_lose_nothing(text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PIECE_CHARACTERS", 20)
+        pieces = list(module._pieces(text))
+    assert "".join(pieces) == text and all(len(piece) <= 20 for piece in pieces)
 
 
 def test_text_that_spells_the_border_token_stays_text(tokenizer: Tokenizer) -> None:
@@ -67,9 +83,7 @@ def test_text_that_spells_the_border_token_stays_text(tokenizer: Tokenizer) -> N
     assert tokenizer.decode(ids) == f"a {END_OF_TEXT} b"
 
 
-def test_training_is_deterministic_and_the_hash_tells_tokenizers_apart(
-    corpora: Any, tokenizer: Tokenizer
-) -> None:
+def test_training_is_deterministic_and_the_hash_tells_tokenizers_apart(corpora: Any, tokenizer: Tokenizer) -> None:
     assert train_bpe(corpora.make_documents(200), 310).sha256 == tokenizer.sha256
     assert train_bpe(corpora.make_documents(200), 309).sha256 != tokenizer.sha256
 

@@ -46,9 +46,7 @@ def test_other_kinds_pass_the_check_by_operations(kind: str, ids_BT: torch.Tenso
     check(build_model(ModelConfig(kind=kind, config=UNREGISTERED[kind]), 500, 256, 0), ids_BT)
 
 
-@pytest.mark.parametrize(
-    ("kind", "table"), [("granite", {"logits_scaling": 4.0}), ("cohere", {"logit_scale": 0.25})]
-)
+@pytest.mark.parametrize(("kind", "table"), [("granite", {"logits_scaling": 4.0}), ("cohere", {"logit_scale": 0.25})])
 def test_factors_that_are_not_one(kind: str, table: dict, build: Callable, ids_BT: torch.Tensor) -> None:
     model = build(kind, config=table)
     check(model, ids_BT)

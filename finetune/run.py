@@ -1,0 +1,284 @@
+"""From a configuration to a tuned model: examples, source, adapters, engine; the loop is that of pretraining."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from millrace.core.config import to_dict, to_toml
+from millrace.core.console import say
+from millrace.core.errors import DONE
+from millrace.core.registry import lookup
+from millrace.core.rundir import RunDir, write_atomic
+from millrace.core.units import Duration, fmt_count
+from millrace.data.loader import check_batch
+from millrace.data.state import LoaderState
+from millrace.data.stream import Deal
+from millrace.engine.checkpoint.read import Checkpoint, load_checkpoint, open_newest, remove_leftovers
+from millrace.engine.distributed import World, join_world, leave_world, world_size
+from millrace.engine.engine import Engine
+from millrace.engine.peak import peak_flops
+from millrace.engine.precision import choose_precision
+from millrace.engine.zero import deepspeed_config
+from millrace.finetune import REGISTRY
+from millrace.finetune.config import FinetuneConfig, check, fingerprint
+from millrace.finetune.examples import Example, read_records
+from millrace.finetune.loader import (
+    ExampleLoader,
+    Layout,
+    heldout_batches,
+    require_examples,
+    split,
+)
+from millrace.finetune.loader import fingerprint as hash_examples
+from millrace.finetune.lora import add_adapters, peft_config
+from millrace.finetune.results import write_results
+from millrace.finetune.source import Source, find_source, open_tokenizer, pin
+from millrace.finetune.task import Build, Task
+from millrace.pretrain.loop import Parts, fit
+from millrace.pretrain.run import versions
+from millrace.pretrain.schedule import Point
+from millrace.pretrain.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run is built from, before its model."""
+
+    task: Task
+    tokenizer: Any
+    train: list[Example]
+    heldout: list[Example]
+    rundir: RunDir
+    run_id: str
+    base: str  # the Hugging Face folder or hub name of the first weights
+
+
+def finetune(config: FinetuneConfig) -> int:
+    """Run, or continue, the run that `config` describes, as one rank of the world the launcher made.
+
+    The finished run directory holds `adapter/` and `merged/`, or `model/` where every weight was trained.
+
+    Returns:
+        The outcome: 0 done, 75 continue me.
+
+    Raises:
+        UserError: on every rank, before anything of another run is touched.
+    """
+    check(config)
+    batch, micro_batch = config.train.batch, config.train.micro_batch
+    check_batch(batch, micro_batch, world_size())
+    precision = choose_precision(config.engine.precision)
+    settings = deepspeed_config(
+        config.engine,
+        precision,
+        micro_batch=micro_batch,
+        accumulation=batch // (micro_batch * world_size()),
+        clip=config.optim.clip,
+    )
+    world = join_world(settings)
+    try:
+        return _run(config, world, settings, precision)
+    finally:
+        leave_world()
+
+
+def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precision: str) -> int:
+    prepared = prepare(config, world)
+    engine, model, peft = build_engine(config, prepared, world, settings)
+    found, rejected = open_newest(prepared.rundir.checkpoints, world)
+    point, state = _resume(found, engine)
+    layout = _layout(config, prepared.task, model)
+    deal = Deal(config.train.batch, config.train.micro_batch, world.rank, world.size)
+    loader = ExampleLoader(prepared.train, layout, deal, pad=_pad(prepared.tokenizer), state=state)
+    resolved = _in_steps(config, loader)
+    with Tracker(config.track, prepared.rundir.path, to_dict(config), enabled=world.main) as tracker:
+        parts = Parts(
+            config=resolved,  # type: ignore[arg-type]  (the same sections, as far as the loop reads them)
+            engine=engine,
+            loader=loader,  # type: ignore[arg-type]
+            rundir=prepared.rundir,
+            tracker=tracker,
+            files=_files(config, model.config, prepared.tokenizer),
+            bytes_per_token=_bytes_per_target(prepared.train),
+            flops_per_token=flops_per_target(model, prepared.train),
+            peak_flops=sum(world.gather_objects(peak_flops(world.device, precision))),
+            heldout=_heldout(config, prepared, layout, world),
+            sample=prepared.task.sampler(model),
+            point=point,
+            identity={"run_id": prepared.run_id, "source": prepared.base},
+        )
+        if found is not None:
+            tracker.log("resume", step=point.step, **{"from": str(found.path)}, rejected=rejected)
+        tracker.log("start", **_start_record(parts, prepared, precision, found))
+        if world.main:
+            write_atomic(prepared.rundir.config, to_toml(config))
+            _announce(parts, prepared, precision)
+        if found is None:
+            for prompt, text in parts.sample() if parts.sample else ():
+                tracker.log("sample", step=0, prompt=prompt, text=text)
+        outcome = fit(parts)
+    if outcome == DONE:
+        written = world.on_main(lambda: write_results(prepared.rundir, prepared.task, prepared.base, peft))
+        if world.main:
+            say(f"written: {', '.join(map(str, written))}")
+    return outcome
+
+
+def prepare(config: FinetuneConfig, world: World) -> Prepared:
+    """Read and encode the examples on every rank, claim the run directory, pin the source's weights."""
+    source = find_source(config.source)
+    tokenizer = open_tokenizer(config.data.tokenizer or source.tokenizer)
+    task: Task = lookup(REGISTRY, config.objective.kind, "objective")(config, tokenizer)
+    data = config.data
+    train, heldout = task.encode(
+        read_records(data.train, data.columns), read_records(data.heldout, data.columns) if data.heldout else ()
+    )
+    if not data.heldout:
+        train, heldout = split(train, data.heldout_share)
+    require_examples(train, f"data.train = '{data.train}'")
+    rundir = RunDir(Path(config.run.dir) / config.run.name)
+    claimed = world.on_main(lambda: _claim(config, rundir, hash_examples(train), source))
+    return Prepared(task, tokenizer, train, heldout, rundir, *claimed)
+
+
+def _claim(config: FinetuneConfig, rundir: RunDir, examples: str, source: Source) -> tuple[str, str]:
+    run_id = rundir.claim(fingerprint(config, examples))
+    remove_leftovers(rundir.checkpoints)
+    rundir.outcome.unlink(missing_ok=True)
+    return run_id, pin(source, rundir.path / "base")
+
+
+def build_engine(
+    config: FinetuneConfig, prepared: Prepared, world: World, settings: dict[str, Any]
+) -> tuple[Engine, Any, Any | None]:
+    """(engine, model inside it, peft's configuration or None)."""
+    stage = settings["zero_optimization"]["stage"]
+    zero3 = {**settings, "train_batch_size": config.train.batch} if stage == 3 else None
+    model = prepared.task.model(Build(prepared.base, zero3))
+    peft = None
+    if config.lora.r:
+        peft = peft_config(config.lora, prepared.task.peft_type, prepared.base, prepared.task.heads)
+        add_adapters(model, peft, config.run.seed)
+    if config.engine.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    objective = prepared.task.objective(model)
+    engine = Engine(world, objective, config.optim.build(objective), config.optim.clip)
+    if config.engine.compile:
+        engine.compile()
+    return engine, model, peft
+
+
+def _resume(found: Checkpoint | None, engine: Engine) -> tuple[Point, LoaderState | None]:
+    if found is None:
+        return Point(), None
+    load_checkpoint(found, engine.adapter)
+    trainer = found.json("trainer")
+    point = Point(trainer["step"], trainer["tokens"], trainer["seconds"])
+    return point, LoaderState.from_dict(trainer["loader"])
+
+
+def _layout(config: FinetuneConfig, task: Task, model: Any) -> Layout:
+    packs = config.data.pack and task.packs(model.config.model_type)
+    return Layout(config.data.sequence_length, packs, config.run.seed, task.per_example)
+
+
+def _pad(tokenizer: Any) -> int:
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def _in_steps(config: FinetuneConfig, loader: ExampleLoader) -> FinetuneConfig:
+    """The configuration with a duration in epochs replaced by its steps."""
+    duration = config.train.duration
+    if duration.unit != "epochs":
+        return config
+    steps = Duration(loader.steps(duration.value), "steps")
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, duration=steps))
+
+
+def _heldout(
+    config: FinetuneConfig, prepared: Prepared, layout: Layout, world: World
+) -> Callable[[], Iterator[Any]] | None:
+    if not prepared.heldout:
+        return None
+    size = config.train.micro_batch
+    deal = Deal(size * world.size, size, world.rank, world.size)
+    plain, pad, rows = dataclasses.replace(layout, seed=None), _pad(prepared.tokenizer), config.eval.rows or None
+    return lambda: heldout_batches(prepared.heldout, plain, deal, pad=pad, max_rows=rows)
+
+
+def _targets(examples: list[Example]) -> int:
+    return sum(int((e.labels != -100).sum()) for e in examples)
+
+
+def _bytes_per_target(examples: list[Example]) -> float:
+    return sum(e.bytes for e in examples) / max(_targets(examples), 1)
+
+
+def flops_per_target(model: Any, examples: list[Example]) -> float:
+    """Training operations for each target: for each position that is read 2 per weight forward, 2 for the gradient of
+    what it is given, and 2 for the weight's own gradient where it is trained. Embeddings and attention scores count
+    nothing."""
+    head = model.get_output_embeddings()
+    tied = getattr(head, "weight", None)
+    tables = {
+        id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not tied
+    }
+    weights = trained = 0
+    for parameter in model.parameters():
+        if id(parameter) not in tables:
+            size = getattr(parameter, "ds_numel", parameter.numel())
+            weights += size
+            trained += size if parameter.requires_grad else 0
+    positions = sum(len(e.input_ids) for e in examples)
+    return (4.0 * weights + 2.0 * trained) * positions / max(_targets(examples), 1)
+
+
+def _files(config: FinetuneConfig, hf_config: Any, tokenizer: Any) -> dict[str, str]:
+    """The text files that later stages need beside the weights, by their name in a checkpoint."""
+    files = {"config.toml": to_toml(config), "model/config.json": hf_config.to_json_string(use_diff=False)}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in Path(folder).iterdir():
+            files[f"tokenizer/{path.name}"] = path.read_text(encoding="utf-8")
+    return files
+
+
+def _count(model: nn.Module, *, trained: bool) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trained)
+
+
+def _start_record(parts: Parts, prepared: Prepared, precision: str, found: Checkpoint | None) -> dict[str, Any]:
+    return {
+        "run_id": prepared.run_id,
+        "world": parts.engine.world.size,
+        "zero_stage": parts.engine.ds.zero_optimization_stage(),
+        "precision": precision,
+        "resumed_from": None if found is None else parts.point.step,
+        "manifest": parts.loader.state.stages[-1].manifest,
+        "source": prepared.base,
+        "examples": {"train": len(prepared.train), "heldout": len(prepared.heldout)},
+        "params": _count(parts.engine.objective, trained=False),
+        "trained": _count(parts.engine.objective, trained=True),
+        "flops_per_token": parts.flops_per_token,
+        "peak_flops": parts.peak_flops,
+        "versions": versions(),
+    }
+
+
+def _announce(parts: Parts, prepared: Prepared, precision: str) -> None:
+    config, engine = parts.config, parts.engine
+    whole, trained = (_count(engine.objective, trained=t) for t in (False, True))
+    say(
+        f"{config.run.name}: {prepared.base} with {fmt_count(whole)} parameters, {fmt_count(trained)} of them trained, on "
+        f"{len(prepared.train)} examples ({len(prepared.heldout)} held out), ZeRO {engine.ds.zero_optimization_stage()} "
+        f"on {engine.world.size} rank(s), {precision}, batch {config.train.batch}, until {config.train.duration}"
+        + (f", continued from step {parts.point.step}" if parts.point.step else "")
+    )
+    say(f"run directory: {parts.rundir.path}")

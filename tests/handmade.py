@@ -1,0 +1,100 @@
+"""Small models, tokenizers and checkpoints of any world size, made without a process group."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from millrace.data.tokenizer import Tokenizer, train_bpe
+from millrace.engine.checkpoint.tensorfile import file_sha256, write_tensors
+from millrace.models.bridge import build_model
+from millrace.models.config import ModelConfig
+
+TEXT = [
+    "The mill stands by the river, and the river turns the wheel.",
+    "Who counts the grains? The miller counts the grains, and the mill grinds them.",
+    "Water runs down the race; nothing is spilled, nothing comes twice.",
+]
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+
+
+def small_tokenizer() -> Tokenizer:
+    """A byte-level BPE of 300 tokens."""
+    return train_bpe(TEXT * 4, 300)
+
+
+def small_model(kind: str = "qwen3", length: int = 64, seed: int = 3, **config: Any) -> Any:
+    """A model whose every weight is drawn, norms and biases too, so that a lost tensor shows."""
+    names = {"gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4}}
+    table = names.get(kind, SIZES) | config
+    if kind in ("qwen3", "llama") and "num_key_value_heads" not in table:
+        table["num_key_value_heads"] = 2
+    model = build_model(ModelConfig(kind=kind, config=table), small_tokenizer().vocab_size, length, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
+    return model.eval()
+
+
+def write_checkpoint(
+    folder: Path, model: Any, tokenizer: Tokenizer | None = None, *, world: int = 2, step: int = 7, length: int = 64
+) -> Path:
+    """`folder/step-N` as `world` ranks would have written it: every parameter is cut among all of them."""
+    from millrace.engine.checkpoint.write import step_name
+
+    path = folder / step_name(step)
+    (path / "model").mkdir(parents=True)
+    (tokenizer or small_tokenizer()).save(path / "tokenizer")
+    (path / "model" / "config.json").write_text(model.config.to_json_string(use_diff=False))
+    (path / "config.toml").write_text(f"[data]\nsequence_length = {length}\n")
+    trainer = {"step": step, "run_id": "abc", "loader": {"stages": [{"manifest": "f00d"}]}}
+    (path / "trainer.json").write_text(json.dumps(trainer))
+    params = {f"model.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    fixed = {f"model.{n}": p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+    saved = model.state_dict().keys()
+    fixed |= {f"model.{n}": b for n, b in model.named_buffers() if n in saved}
+    write_tensors(path / "fixed.safetensors", {k: (v.dtype, tuple(v.shape)) for k, v in fixed.items()}, fixed.__getitem__)
+    for rank in range(world):
+        parts = {k: (at, v) for k, at, v in _share(params, rank, world)}
+        shapes = {k: (v.dtype, tuple(v.shape)) for k, (_, v) in parts.items()}
+        file = path / f"rank-{rank:05d}.safetensors"
+        size, sha = write_tensors(file, shapes, lambda key, parts=parts: parts[key][1])  # type: ignore[misc]
+        slices = {k: [at, v.numel()] for k, (at, v) in parts.items()}
+        index = {"file": file.name, "size": size, "sha256": sha, "slices": slices}
+        (path / f"rank-{rank:05d}.json").write_text(json.dumps(index))
+    files = {
+        str(p.relative_to(path)): {"size": p.stat().st_size, "sha256": file_sha256(p)}
+        for p in sorted(path.rglob("*"))
+        if p.is_file()
+    }
+    manifest = {
+        "format": 1, "step": step, "world": world, "zero_stage": 2, "optimizer_steps": step, "states": ["master"],
+        "params": {k: list(v.shape) for k, v in params.items()}, "files": files,
+    }  # fmt: skip
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    return path
+
+
+def _share(params: dict[str, torch.Tensor], rank: int, world: int) -> Iterator[tuple[str, int, torch.Tensor]]:
+    for name, tensor in params.items():
+        share = -(-tensor.numel() // world)
+        part = tensor.reshape(-1)[rank * share : (rank + 1) * share]
+        if part.numel():
+            yield f"model|{name}|master", rank * share, part
+
+
+def alter(path: Path) -> None:
+    """Change the last byte of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
