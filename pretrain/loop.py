@@ -134,6 +134,7 @@ def _record(parts: Parts, point: Point, values: dict[str, float]) -> dict[str, A
         "grad_norm": values["grad_norm"],
         "tokens": int(values["tokens"]),
         "tokens_total": point.tokens,
+        "seconds_total": point.seconds,
     }
 
 
