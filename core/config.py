@@ -7,6 +7,7 @@ with `option` (a value), `section` (a nested dataclass) or `variant` (a section 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import re
 import tomllib
 import types
@@ -125,11 +126,15 @@ def _override(tree: dict[str, Any], text: str) -> str:
 
 
 def _toml_value(text: str) -> Any:
-    """Parse as TOML; a bare word (`model.kind=llama`, `train.duration=2k steps`) is taken as a string."""
+    """Parse as TOML; a bare word (`model.kind=llama`, `train.duration=2k steps`) is taken as a string.
+
+    No key holds a date or a time, so `slurm.time=12:00:00` is a word too.
+    """
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return text if isinstance(value, (datetime.date, datetime.time)) else value
 
 
 def build(cls: type[T], tree: Mapping[str, Any], source: Source | None = None, prefix: str = "") -> T:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from millrace.core.errors import UserError
+from millrace.engine.ops import use_operators
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -75,6 +76,7 @@ def join_world(deepspeed_config: dict[str, Any]) -> World:
     """
     _environment()
     _quiet_deepspeed()
+    use_operators()
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 

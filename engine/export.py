@@ -194,9 +194,7 @@ def _reader(trained: Trained, skeleton: PreTrainedModel) -> Callable[[Piece], to
     return read
 
 
-def _write_weights(
-    pieces: list[Piece], read: Callable[[Piece], torch.Tensor], folder: Path, max_shard: int
-) -> int:
+def _write_weights(pieces: list[Piece], read: Callable[[Piece], torch.Tensor], folder: Path, max_shard: int) -> int:
     """model.safetensors, or several files and their index; returns the bytes of all tensors."""
     shards = _shards(pieces, max_shard)
     count, total = len(shards), sum(piece.size for piece in pieces)

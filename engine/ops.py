@@ -1,8 +1,8 @@
 """DeepSpeed's own C++ operators: where the built ones lie, and locks that a killed build left.
 
 DeepSpeed compiles an operator the first time a process needs it, under a lock file that `torch.utils.file_baton` keeps
-open for as long as it builds, and removes. A build that was killed leaves the file, and every later process would wait for
-it for ever. `millrace.launch.build_ops` builds them ahead, into the virtual environment.
+open for as long as it builds, and then removes. A build that was killed leaves the file, and every later process would
+wait for it for ever. `millrace.launch.build_ops` builds them ahead, into the virtual environment.
 """
 
 from __future__ import annotations
@@ -42,18 +42,28 @@ def extensions_folder() -> Path:
 def use_operators() -> None:
     """Make this process use the operators built by `make`, and wait for nobody who has died.
 
-    To be called on every rank before DeepSpeed joins the process group. Without a compiler and without a built one, the
+    To be called on every rank before DeepSpeed joins the process group. Where it can be neither found nor built, the
     shared-memory operator is switched off: collectives then go through gloo.
     """
+    find_ninja()
     if VARIABLE not in os.environ and prebuilt_folder().is_dir():
         os.environ[VARIABLE] = str(prebuilt_folder())
     folder = extensions_folder()
     remove_stale_locks(folder)
+    built = any(folder.glob(f"**/{SHARED_MEMORY}.so"))
     compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None and not any(folder.glob(f"**/{SHARED_MEMORY}.so")):
+    # torch asks ninja even about what is built already.
+    if shutil.which("ninja") is None or not (built or compiler):
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
+
+
+def find_ninja() -> None:
+    """Put the environment's own ninja on the PATH, where a `.venv/bin/python` that nobody activated does not look."""
+    ours = Path(sys.prefix) / "bin"
+    if shutil.which("ninja") is None and (ours / "ninja").exists():
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(ours)])
 
 
 def remove_stale_locks(folder: Path) -> list[Path]:

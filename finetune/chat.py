@@ -27,7 +27,8 @@ class Chat:
         self.tokenizer = tokenizer
         if tokenizer.eos_token_id is None:
             raise UserError(
-                "the tokenizer names no end-of-text token, so no answer could end; set eos_token in tokenizer_config.json"
+                "the tokenizer names no end-of-text token, so no answer could end; "
+                "set eos_token in its tokenizer_config.json"
             )
         if not tokenizer.chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE
@@ -55,8 +56,8 @@ class Chat:
             answered = self._render(messages[: number + 1], generate=False, where=where)
             if not asked.startswith(done) or not answered.startswith(asked):
                 raise UserError(
-                    f"{where}: the tokenizer's chat template does not render a conversation turn by turn, so the answer "
-                    "cannot be told from the prompt; give single turns, or another template"
+                    f"{where}: the tokenizer's chat template does not render a conversation turn by turn, so the "
+                    "answer cannot be told from the prompt; give single turns, or another template"
                 )
             answer = self._encode(answered[len(asked) :])
             if self.tokenizer.eos_token_id not in answer[-2:]:  # some templates put a line break behind it

@@ -60,7 +60,7 @@ class Classify:
         if missing := [name for name in self.names if name not in counts]:
             raise UserError(f"objective.labels: no example has the label '{missing[0]}' (there are: {sorted(counts)})")
         if len(self.names) < 2:
-            raise UserError(f"{self.config.data.train} has only the label(s) {self.names}; two are needed to tell apart")
+            raise UserError(f"{self.config.data.train} has only the label(s) {self.names}; two are needed")
         for name in self.names:
             if counts[name] == 1:
                 warn(f"label '{name}' occurs once; is it a mistake? objective.labels = […] would leave it out")
@@ -99,8 +99,8 @@ class Classify:
             setattr(config, key, value)
         if config.vocab_size < len(self.tokenizer):
             raise UserError(
-                f"the tokenizer has {len(self.tokenizer):,} tokens but the source's vocab_size is {config.vocab_size:,}; "
-                "take the source's own tokenizer"
+                f"the tokenizer has {len(self.tokenizer):,} tokens but the source's vocab_size is "
+                f"{config.vocab_size:,}; take the source's own tokenizer"
             )
         register_classifier(config)
         attention = self.config.model.attention

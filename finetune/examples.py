@@ -88,7 +88,9 @@ def _raw(name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     if files := sorted(glob.glob(name)):
         return _from_files(files)
     if path.suffix in _SUFFIXES or any(c in name for c in "*?[") or name.startswith((".", "/", "~")):
-        raise UserError(f"no examples at {name}: no such file; data.train and data.heldout name files, folders or globs")
+        raise UserError(
+            f"no examples at {name}: no such file; data.train and data.heldout name files, folders or globs"
+        )
     return _from_datasets(name, saved=False)
 
 
@@ -115,7 +117,7 @@ def _jsonl(file: str) -> Iterator[tuple[Mapping[str, Any], str]]:
             except ValueError as error:
                 raise UserError(f"{where} is not JSON ({error}); mend or delete the line") from None
             if not isinstance(fields, dict):
-                raise UserError(f"{where} is a {type(fields).__name__}, not an object; write {{\"field\": …}}")
+                raise UserError(f'{where} is a {type(fields).__name__}, not an object; write {{"field": …}}')
             yield fields, where
 
 

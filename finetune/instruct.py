@@ -65,10 +65,7 @@ class Instruct:
             asked, answer = (text_field(record, name, columns) for name in ("prompt", "response"))
             return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         messages = field(record, "messages", columns)
-        good = isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-        )
-        if not good:
+        if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
             raise UserError(
                 f'{record.where}: messages is {str(messages)[:80]!r}; write [{{"role": "user", "content": "…"}}, '
                 '{"role": "assistant", "content": "…"}]'
@@ -110,9 +107,11 @@ class Instruct:
     def load(self, folder: Path, config: Any) -> Any:
         from transformers import AutoModelForCausalLM
 
-        return quietly(
-            lambda: AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
-        )
+        return quietly(lambda: AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32))
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
 
 
 class _Asked:

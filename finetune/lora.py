@@ -25,7 +25,7 @@ def peft_config(section: LoraConfig, task_type: str, base: str, heads: list[str]
 
     return PeftLora(
         r=section.r,
-        lora_alpha=section.alpha or 2 * section.r,  # type: ignore[arg-type]  (peft takes fractions too)
+        lora_alpha=section.alpha or 2 * section.r,
         lora_dropout=0.0,
         target_modules=section.target_modules,
         task_type=TaskType(task_type),
@@ -53,8 +53,8 @@ def add_adapters(model: Any, config: Any, seed: int) -> None:
     except ValueError as error:
         leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         raise UserError(
-            f"lora.target_modules = {sorted(config.target_modules)} fits no layer of '{model.config.model_type}' ({error}); "
-            f"its linear layers are {', '.join(leaves)}"
+            f"lora.target_modules = {sorted(config.target_modules)} fits no layer of '{model.config.model_type}': "
+            f"{error}; its linear layers are {', '.join(leaves)}"
         ) from None
     config.modules_to_save = heads
     for head in heads or ():

@@ -100,7 +100,7 @@ def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precisi
     resolved = _in_steps(config, loader)
     with Tracker(config.track, prepared.rundir.path, to_dict(config), enabled=world.main) as tracker:
         parts = Parts(
-            config=resolved,  # type: ignore[arg-type]  (the same sections, as far as the loop reads them)
+            config=resolved,  # type: ignore[arg-type]  # the same sections, as far as the loop reads them
             engine=engine,
             loader=loader,  # type: ignore[arg-type]
             rundir=prepared.rundir,
@@ -227,9 +227,7 @@ def flops_per_target(model: Any, examples: list[Example]) -> float:
     nothing."""
     head = model.get_output_embeddings()
     tied = getattr(head, "weight", None)
-    tables = {
-        id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not tied
-    }
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not tied}
     weights = trained = 0
     for parameter in model.parameters():
         if id(parameter) not in tables:
@@ -276,9 +274,10 @@ def _announce(parts: Parts, prepared: Prepared, precision: str) -> None:
     config, engine = parts.config, parts.engine
     whole, trained = (_count(engine.objective, trained=t) for t in (False, True))
     say(
-        f"{config.run.name}: {prepared.base} with {fmt_count(whole)} parameters, {fmt_count(trained)} of them trained, on "
-        f"{len(prepared.train)} examples ({len(prepared.heldout)} held out), ZeRO {engine.ds.zero_optimization_stage()} "
-        f"on {engine.world.size} rank(s), {precision}, batch {config.train.batch}, until {config.train.duration}"
+        f"{config.run.name}: {prepared.base} with {fmt_count(whole)} parameters, {fmt_count(trained)} of them "
+        f"trained, on {len(prepared.train)} examples ({len(prepared.heldout)} held out), ZeRO "
+        f"{engine.ds.zero_optimization_stage()} on {engine.world.size} rank(s), {precision}, "
+        f"batch {config.train.batch}, until {config.train.duration}"
         + (f", continued from step {parts.point.step}" if parts.point.step else "")
     )
     say(f"run directory: {parts.rundir.path}")

@@ -41,9 +41,7 @@ class ExamplesConfig:
         if not 0 <= self.heldout_share < 1:
             raise UserError(f"data.heldout_share = {self.heldout_share}: give a share of at least 0 and below 1")
         if odd := self.columns.keys() - {"prompt", "response", "messages", "text", "label"}:
-            raise UserError(
-                f"data.columns has '{min(odd)}'; the fields are prompt, response, messages, text and label"
-            )
+            raise UserError(f"data.columns has '{min(odd)}'; the fields are prompt, response, messages, text and label")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +57,7 @@ class LoraConfig:
     """Low-rank adapters (https://arxiv.org/abs/2106.09685); off at r = 0."""
 
     r: int = option(0, "rank of the adapters; 0 trains every weight")
-    alpha: float | None = option(None, "updates are scaled by alpha / r (default: 2 r)")
+    alpha: int | None = option(None, "updates are scaled by alpha / r (default: 2 r)")
     dropout: float = option(0.0, "must be 0: a resumed run repeats to the bit only without dropout")
     target_modules: list[str] | str = option(
         ALL_LINEAR, "'all-linear' (every linear layer but the head), or names such as ['q_proj', 'v_proj']"
@@ -69,7 +67,7 @@ class LoraConfig:
         if self.r < 0:
             raise UserError(f"lora.r = {self.r}: give a rank of at least 1, or 0 for no adapters")
         if self.dropout:
-            raise UserError(f"lora.dropout = {self.dropout}: only 0 is supported, so that a resumed run repeats exactly")
+            raise UserError(f"lora.dropout = {self.dropout}: must be 0, so that a resumed run repeats exactly")
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
             raise UserError(f"lora.target_modules = '{self.target_modules}': give 'all-linear' or a list of names")
 

@@ -43,7 +43,7 @@ class Task(Protocol):
         ...
 
     def objective(self, model: Any) -> nn.Module:
-        """The module that the engine wraps: `inputs(micro, device)` and a forward that returns (summed loss, metrics)."""
+        """What the engine wraps: `inputs(micro, device)`, and a forward that returns (summed loss, metrics)."""
         ...
 
     def sampler(self, model: Any) -> Callable[[], list[tuple[str, str]]] | None:

@@ -10,7 +10,7 @@ import sys
 import time
 
 from millrace.core.console import say, warn
-from millrace.engine.ops import VARIABLE, prebuilt_folder, remove_stale_locks
+from millrace.engine.ops import VARIABLE, find_ninja, prebuilt_folder, remove_stale_locks
 
 # cpu_adam is for DeepSpeed configurations that offload the optimiser with DeepSpeed's own Adam.
 BUILDERS = ("ShareMemCommBuilder", "CPUAdamBuilder")
@@ -26,6 +26,7 @@ def build(names: tuple[str, ...] = BUILDERS) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[VARIABLE] = str(folder)
     remove_stale_locks(folder)
+    find_ninja()
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     os.environ.setdefault("DS_ACCELERATOR", _accelerator())
     from deepspeed.accelerator import get_accelerator

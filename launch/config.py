@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--for", dest="command", choices=sorted(_CLASSES), default="pretrain")
     parser.add_argument("--toml", action="store_true", help="plain TOML, without the meanings")
     parser.add_argument("--world", type=int, help="also check the configuration for this number of ranks")
-    options = parser.parse_args(list(argv))
+    options = parser.parse_intermixed_args(list(argv))
     files = [a for a in options.arguments if "=" not in a]
     overrides = [a for a in options.arguments if "=" in a]
     if len(files) > 1:

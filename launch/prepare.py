@@ -13,7 +13,7 @@ from millrace.core.units import fmt_count, fmt_size
 
 def main(argv: Sequence[str]) -> int:
     """Prepare, showing progress on a terminal; prints a table of what was counted."""
-    options = _parser().parse_args(list(argv))
+    options = _parser().parse_intermixed_args(list(argv))
     given = {k: v for k, v in vars(options).items() if v is not None}
     from millrace.data.prepare import PrepareConfig, prepare
 

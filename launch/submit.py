@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--site", metavar="FILE.toml", help="keys of SlurmConfig that your cluster needs")
     parser.add_argument("--for", dest="command", choices=sorted(_CLASSES), default="pretrain")
     parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
-    options = parser.parse_args(list(argv))
+    options = parser.parse_intermixed_args(list(argv))
     mine = [a.removeprefix("slurm.") for a in options.arguments if a.startswith("slurm.")]
     passed_on = [a for a in options.arguments if not a.startswith("slurm.")]
     files = [a for a in passed_on if "=" not in a]

@@ -24,8 +24,7 @@ def check_packable(kind: str) -> None:
         return
     why = load(REGISTRY[kind]).why_not if kind in REGISTRY else "nobody has proven that its documents stay apart"
     raise UserError(
-        f"model.kind = '{kind}' cannot be trained on packed documents: {why}; "
-        f"take one of {', '.join(sorted(PACKABLE))}"
+        f"model.kind = '{kind}' cannot be trained on packed documents: {why}; take one of {', '.join(sorted(PACKABLE))}"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from millrace.core.console import say
 from millrace.core.errors import CONTINUE, DONE
 from millrace.core.rundir import RunDir
 from millrace.core.units import Duration
@@ -190,5 +191,6 @@ def _end(parts: Parts, point: Point, code: int, why: str) -> int:
     parts.tracker.log("end", step=point.step, outcome=code, why=why)
     if parts.engine.world.main:
         parts.rundir.write_outcome(code, why, point.step)
+        say(f"step {point.step}: {why}" + ("; saved, the same command continues" if code == CONTINUE else ""))
     parts.engine.world.barrier()
     return code

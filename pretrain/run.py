@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.core.config import to_dict, to_toml
-from millrace.core.console import say
+from millrace.core.console import say, warn
 from millrace.core.registry import lookup
 from millrace.core.rundir import RunDir, write_atomic
 from millrace.core.units import fmt_count
@@ -24,6 +23,7 @@ from millrace.engine.peak import peak_flops
 from millrace.engine.precision import choose_precision
 from millrace.engine.zero import deepspeed_config
 from millrace.eval.generate import continue_text
+from millrace.eval.report import write_report
 from millrace.models.bridge import build_model, hf_config
 from millrace.models.counts import flops_per_token
 from millrace.models.packing import check_packable
@@ -96,7 +96,10 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
         if world.main:
             write_atomic(rundir.config, to_toml(config))
             _announce(parts, model, precision)
-        return fit(parts)
+        outcome = fit(parts)
+    if world.main:
+        _report(rundir)
+    return outcome
 
 
 def build_loader_at(config: PretrainConfig, world: World, state: LoaderState | None) -> Loader:
@@ -212,6 +215,9 @@ def _announce(parts: Parts, model: Any, precision: str) -> None:
     say(f"run directory: {parts.rundir.path}")
 
 
-def read_trainer(path: Path) -> dict[str, Any]:
-    """The trainer's state in a checkpoint folder."""
-    return json.loads((path / "trainer.json").read_text())
+def _report(rundir: RunDir) -> None:
+    """Write report.html; a report that fails must not fail the run that it is about."""
+    try:
+        say(f"report: {write_report(rundir.path)}")
+    except Exception as problem:
+        warn(f"no report: {problem} (try `millrace report {rundir.path}`)")

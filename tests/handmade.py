@@ -63,7 +63,9 @@ def write_checkpoint(
     fixed = {f"model.{n}": p.detach() for n, p in model.named_parameters() if not p.requires_grad}
     saved = model.state_dict().keys()
     fixed |= {f"model.{n}": b for n, b in model.named_buffers() if n in saved}
-    write_tensors(path / "fixed.safetensors", {k: (v.dtype, tuple(v.shape)) for k, v in fixed.items()}, fixed.__getitem__)
+    write_tensors(
+        path / "fixed.safetensors", {k: (v.dtype, tuple(v.shape)) for k, v in fixed.items()}, fixed.__getitem__
+    )
     for rank in range(world):
         parts = {k: (at, v) for k, at, v in _share(params, rank, world)}
         shapes = {k: (v.dtype, tuple(v.shape)) for k, (_, v) in parts.items()}

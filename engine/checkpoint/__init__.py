@@ -2,5 +2,5 @@
 
 if __name__ != "millrace.engine.checkpoint":
     raise ImportError(
-        f"import millrace.engine.checkpoint, not {__name__}: a bare import would load a second copy with a second registry"
+        f"import millrace.engine.checkpoint, not {__name__}: a bare import would load a second copy"
     )

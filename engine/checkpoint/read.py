@@ -17,7 +17,7 @@ from millrace.core.console import warn
 from millrace.core.errors import UserError
 from millrace.engine.checkpoint.slices import MASTER, Adapter
 from millrace.engine.checkpoint.tensorfile import file_sha256
-from millrace.engine.checkpoint.write import ENGINE, FORMAT, fixed_tensors
+from millrace.engine.checkpoint.write import ENGINE, FORMAT
 from millrace.engine.distributed import World
 
 
@@ -87,7 +87,7 @@ class Checkpoint:
         return self.read(param, MASTER, 0, math.prod(shape)).reshape(shape)
 
     def digest(self) -> str:
-        """SHA-256 over every parameter's master and moments, whole and in order of names; independent of the sharding."""
+        """SHA-256 over every parameter's master and moments, whole, in order of names: independent of the sharding."""
         sums = hashlib.sha256()
         for name, shape in sorted(self.manifest["params"].items()):
             for state in self.manifest["states"]:

@@ -28,7 +28,7 @@ class CausalLM(nn.Module):
         LossHead.adopt(head, z_loss=config.z_loss, transform=transform, chunk=config.chunk)
 
     def inputs(self, micro: Any, device: torch.device) -> dict[str, Any]:
-        """The arguments of `forward` from a `MicroBatch`; outside the forward, so that a compiled one never sees lists."""
+        """The arguments of `forward` from a `MicroBatch`, made outside it: a compiled forward must not see lists."""
         positions_BT = micro.position_ids_BT.to(device, non_blocking=True)
         return {
             "input_ids_BT": micro.input_ids_BT.to(device, non_blocking=True),

@@ -34,7 +34,8 @@ class _HeadLoss(torch.autograd.Function):
         top = hidden_ND.new_full((), -torch.inf, dtype=torch.float32)
         for start in range(0, hidden_ND.shape[0], chunk):
             rows = slice(start, start + chunk)
-            loss_c, nll_c, top_c, dlogits = _chunk(hidden_ND[rows], weight_VD, bias_V, labels_N[rows], (z, transform, wants))
+            how = (z, transform, wants)
+            loss_c, nll_c, top_c, dlogits = _chunk(hidden_ND[rows], weight_VD, bias_V, labels_N[rows], how)
             total, nll, top = total + loss_c, nll + nll_c, torch.maximum(top, top_c)
             if dlogits is not None and grad_hidden is not None and grad_weight is not None:
                 low = dlogits.to(hidden_ND.dtype)

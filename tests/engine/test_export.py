@@ -85,9 +85,7 @@ def test_families_in_several_files(kind: str, table: dict[str, Any], tmp_path: P
     write_checkpoint(tmp_path / "run" / "checkpoints", model, world=3)
     export(tmp_path / "run", tmp_path / "out", max_shard=60_000)
     model.save_pretrained(tmp_path / "theirs", max_shard_size=60_000)
-    index, theirs = (
-        json.loads((tmp_path / f / "model.safetensors.index.json").read_text()) for f in ("out", "theirs")
-    )
+    index, theirs = (json.loads((tmp_path / f / "model.safetensors.index.json").read_text()) for f in ("out", "theirs"))
     assert index["weight_map"].keys() == theirs["weight_map"].keys()
     assert index["metadata"]["total_size"] == theirs["metadata"]["total_size"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -204,7 +202,9 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     (path / "model" / "config.json").write_bytes((again / "model" / "config.json").read_bytes())
     manifest["files"]["model/config.json"] = swapped["files"]["model/config.json"]
     (path / "MANIFEST.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"do not belong together: model\.layers\.0\.mlp.* is \[.*48.*\] in the weights"):
+    with pytest.raises(
+        UserError, match=r"do not belong together: model\.layers\.0\.mlp.* is \[.*48.*\] in the weights"
+    ):
         export(path, tmp_path / "out")
 
 

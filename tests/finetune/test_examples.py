@@ -43,7 +43,8 @@ def test_columns_are_renamed(tmp_path: Path, lines: Lines) -> None:
 def test_class_labels_of_datasets_come_as_names(tmp_path: Path) -> None:
     import datasets
 
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["ham", "spam"])})
+    names = datasets.ClassLabel(names=["ham", "spam"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features).save_to_disk(str(tmp_path / "d"))
     assert [r.fields["label"] for r in read_records(str(tmp_path / "d"), {})] == ["spam", "ham"]
 

@@ -63,7 +63,10 @@ def test_epochs_show_every_example_and_its_own_tokens(pack: bool) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    count=st.integers(1, 40), pack=st.booleans(), stop=st.integers(0, 6), worlds=st.sampled_from([(1, 2), (2, 4), (4, 1)])
+    count=st.integers(1, 40),
+    pack=st.booleans(),
+    stop=st.integers(0, 6),
+    worlds=st.sampled_from([(1, 2), (2, 4), (4, 1)]),
 )
 def test_resume_at_any_world_size_continues_the_same_rows(
     count: int, pack: bool, stop: int, worlds: tuple[int, int]

@@ -1,6 +1,6 @@
 """One rank of the fine-tuning tests: runs configurations one after another.
 
-Arguments: a JSON file with a list of lists of overrides.
+Arguments: a JSON file with a list of lists of overrides; the file for the messages of those that are refused.
 """
 
 from __future__ import annotations
@@ -12,19 +12,26 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 
 from millrace.core.config import load_config
+from millrace.core.errors import UserError
 from millrace.engine.distributed import leave_world
 from millrace.finetune import run
 from millrace.finetune.config import FinetuneConfig
 
 
-def main(path: str) -> None:
+def main(path: str, out: str) -> None:
     run.leave_world = lambda: None  # one process group for all: DeepSpeed does not survive a second one
+    refused = {}
     for overrides in json.loads(Path(path).read_text()):
         AcceleratorState._reset_state(reset_partial_state=True)
-        outcome = run.finetune(load_config(FinetuneConfig, None, overrides))
-        assert outcome == 0, overrides
+        config = load_config(FinetuneConfig, None, overrides)
+        try:
+            outcome = run.finetune(config)
+            assert outcome == 0, overrides
+        except UserError as error:
+            refused[config.run.name] = str(error)
+    Path(out).write_text(json.dumps(refused))
     leave_world()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -22,7 +22,18 @@ BELOW = {
     "finetune": {"pretrain", "eval", "engine", "models", "data", "core"},
     "launch": {"slurm", "finetune", "pretrain", "eval", "engine", "models", "data", "core"},
 }
-HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "datasets", "pyarrow", "peft", "matplotlib", "wandb", "lm_eval"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "deepspeed",
+    "accelerate",
+    "datasets",
+    "pyarrow",
+    "peft",
+    "matplotlib",
+    "wandb",
+    "lm_eval",
+}
 
 
 def imports(node: ast.AST) -> Iterator[tuple[int, str]]:

@@ -84,7 +84,11 @@ def test_every_target_of_a_registry_exists(module: str, table: str, kind: str, t
 
 def test_registries_are_found() -> None:
     tables = {(module, table) for module, table, _, _ in registries()}
-    assert {("millrace.data", "SOURCES"), ("millrace.models", "REGISTRY"), ("millrace.launch.cli", "COMMANDS")} <= tables
+    assert {
+        ("millrace.data", "SOURCES"),
+        ("millrace.models", "REGISTRY"),
+        ("millrace.launch.cli", "COMMANDS"),
+    } <= tables
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +105,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source.read_bytes())
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(out), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--quiet",
+        "-w",
+        str(out),
+        ".",
+    ]
     subprocess.run(command, cwd=copy, check=True, capture_output=True)
     (made,) = out.glob("millrace-*.whl")
     return made
@@ -143,7 +158,11 @@ def test_the_installed_wheel_imports_from_another_folder(wheel: Path, tmp_path: 
     libraries = next(p for p in sys.path if p.endswith("site-packages"))
     script.write_text(f"import sys\nsys.path[:0] = [{str(target)!r}]\nsys.path.append({libraries!r})\n{EVERYTHING}")
     done = subprocess.run(
-        [sys.executable, "-S", "-P", str(script), str(target)], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-S", "-P", str(script), str(target)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     expected = {name for name in modules() if not name.endswith("__main__")}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -19,7 +22,10 @@ MODULES = sorted(modules())
 def ours() -> list[Path]:
     """Every text file that git knows or would add."""
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     ).stdout
     return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
@@ -72,33 +78,30 @@ def test_complexity_budget(module: str) -> None:
             assert arguments(node) <= allowed, f"{node.name} has {arguments(node)} arguments"
 
 
-def undocumented(tree: ast.Module) -> Iterator[str]:
-    if not ast.get_docstring(tree):
+def undocumented(module: ModuleType) -> Iterator[str]:
+    """Public classes, functions and methods of `module` without a docstring, their own or an overridden one's."""
+    if not module.__doc__:
         yield "the module"
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            if not ast.get_docstring(node):
-                yield node.name
-            if isinstance(node, ast.ClassDef):
-                yield from (f"{node.name}.{name}" for name in undocumented_methods(node))
+    for name, thing in vars(module).items():
+        public = not name.startswith("_") and getattr(thing, "__module__", "") == module.__name__
+        if not public or not (inspect.isclass(thing) or inspect.isfunction(thing)):
+            continue
+        if not thing.__doc__:
+            yield name
+        if inspect.isclass(thing):
+            yield from (f"{name}.{method}" for method in undocumented_methods(thing))
 
 
-# Python's own protocols, and torch's and a base class's documented methods, need no second explanation.
-UNDERSTOOD = {"forward", "backward", "shape"}
+def undocumented_methods(cls: type) -> Iterator[str]:
+    for name, method in vars(cls).items():
+        written = inspect.isfunction(method) or isinstance(method, (property, classmethod, staticmethod))
+        if written and not name.startswith("_") and name != "forward" and not inspect.getdoc(getattr(cls, name)):
+            yield name
 
 
-def undocumented_methods(node: ast.ClassDef) -> Iterator[str]:
-    for method in node.body:
-        if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            hidden = method.name.startswith("_") or method.name in UNDERSTOOD
-            overload = any("overload" in ast.unparse(d) or "setter" in ast.unparse(d) for d in method.decorator_list)
-            if not (hidden or overload or ast.get_docstring(method)):
-                yield method.name
-
-
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [m for m in MODULES if not m.endswith("__main__")])
 def test_what_is_public_is_documented(module: str) -> None:
-    assert list(undocumented(ast.parse(modules()[module].read_text()))) == []
+    assert list(undocumented(importlib.import_module(module))) == []
 
 
 def test_future_annotations_are_everywhere() -> None:
@@ -111,7 +114,7 @@ def test_future_annotations_are_everywhere() -> None:
     assert without == []
 
 
-MACHINE = re.compile(r"/work/(main|shared)|/tmp/w/|/root/|/opt/(wheels|pypi)|/home/\w+/")
+MACHINE = re.compile(r"/work/(main|shared)|/tmp/w/|/root/|/opt/(wheels|pypi)")
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:
@@ -131,6 +134,13 @@ def test_no_file_is_large() -> None:
 
 
 def test_the_budgets_can_fail() -> None:
-    tree = ast.parse("def f(self, a, b, c, d, e, f, g): pass\nclass C:\n    def m(self): pass\n")
+    tree = ast.parse("def f(self, a, b, c, d, e, f, g): pass")
     assert arguments(next(functions(tree))) == 7
-    assert list(undocumented(tree)) == ["the module", "f", "C", "C.m"]
+    empty = ModuleType("empty")
+
+    class Thing:
+        def method(self) -> None: ...
+
+    Thing.__module__ = "empty"
+    empty.Thing = Thing  # type: ignore[attr-defined]
+    assert list(undocumented(empty)) == ["the module", "Thing", "Thing.method"]

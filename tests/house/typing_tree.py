@@ -1,7 +1,7 @@
 """Check the types of every module: `python tests/house/typing_tree.py`.
 
-Type checkers and editors cannot follow setuptools' `package-dir`, so a tree of symbolic links, `.typing/millrace/…`, shows
-them the package as it is imported. Point an editor's search path at `.typing`.
+Type checkers and editors cannot follow setuptools' `package-dir`, so a tree of symbolic links, `.typing/millrace/…`,
+shows them the package as it is imported. Point an editor's search path at `.typing`.
 """
 
 from __future__ import annotations

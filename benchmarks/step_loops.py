@@ -1,0 +1,154 @@
+"""The three loops of step_speed.py, each in the process that calls `measure`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import step_model
+import torch
+from common import worker_result
+from step_model import CLIP, LENGTH, LR, ROWS
+
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+PRECISION = "bf16" if DEVICE.type == "cuda" else "fp32"
+
+
+def measure(job: dict[str, Any]) -> None:
+    """Run the job's arm and hand its figures to the parent."""
+    from millrace.engine.peak import measure_matmul
+    from millrace.models.bridge import hf_config
+    from millrace.models.counts import flops_per_token
+
+    torch.manual_seed(0)
+    matmul = measure_matmul(DEVICE, torch.bfloat16 if PRECISION == "bf16" else torch.float32, seconds=1.0)
+    loop: Callable[[dict[str, Any]], tuple[list[float], float]] = globals()[f"_{job['loop']}"]
+    profiler = _profiled() if job["profile"] else contextlib.nullcontext({})
+    with profiler as found:
+        times, loss = loop(job)
+    timed = times[job["warmup"] :]
+    seconds = (timed[-1] - timed[0]) / (len(timed) - 1)
+    config = hf_config(step_model.model_config(), step_model.VOCABULARY, LENGTH)
+    worker_result(
+        tokens_per_s=ROWS * LENGTH / seconds,
+        step_seconds=[after - before for before, after in zip(timed, timed[1:], strict=False)],
+        matmul_flops=matmul * job["ranks"],
+        flops_per_token=flops_per_token(config, LENGTH),
+        last_loss=loss,
+        **found,
+    )
+
+
+def _millrace(job: dict[str, Any]) -> tuple[list[float], float]:
+    """The real run: configuration, loader, engine, loop, ledger, final checkpoint."""
+    from millrace.core.config import load_config
+    from millrace.pretrain.config import PretrainConfig
+    from millrace.pretrain.run import pretrain
+
+    name = f"run-{os.environ['MASTER_PORT']}"
+    overrides = {
+        "run.dir": job["folder"], "run.name": name, "data.manifest": job["manifest"],
+        "data.sequence_length": LENGTH, "train.batch": ROWS, "train.micro_batch": ROWS // job["ranks"],
+        "train.duration": f"{job['warmup'] + job['steps'] + 1} steps", "engine.zero_stage": job["stage"],
+        "engine.precision": PRECISION, "engine.compile": json.dumps(job["compile"]), "optim.lr": LR, "optim.clip": CLIP,
+        "schedule.warmup": "1 steps", "checkpoint.every": "100000 steps", "eval.every": "100000 steps",
+    }  # fmt: skip
+    sizes = [f"model.config.{key}={json.dumps(value)}" for key, value in step_model.SIZES.items()]
+    pretrain(load_config(PretrainConfig, None, [*(f"{k}={v}" for k, v in overrides.items()), *sizes]))
+    records = [json.loads(line) for line in (Path(job["folder"]) / name / "ledger.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["event"] == "step"]
+    return [record["time"] for record in steps], steps[-1]["loss"]
+
+
+def _bare(job: dict[str, Any]) -> tuple[list[float], float]:
+    """What one writes without a framework: full logits, one backward, clip, fused AdamW."""
+    model = step_model.plain_model().to(DEVICE)
+    inputs, labels = (torch.from_numpy(a) for a in step_model.rows_of(Path(job["manifest"])))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def loss_of(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=PRECISION == "bf16"):
+            logits = model(input_ids=ids, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    forward = torch.compile(loss_of) if job["compile"] else loss_of
+    times, loss = [], 0.0
+    for step in range(job["warmup"] + job["steps"] + 1):
+        rows = slice(step * ROWS % len(inputs), step * ROWS % len(inputs) + ROWS)
+        value = forward(inputs[rows].to(DEVICE), labels[rows].to(DEVICE))
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = float(value)
+        times.append(time.time())
+    return times, loss
+
+
+def _trainer(job: dict[str, Any]) -> tuple[list[float], float]:
+    """transformers' Trainer, with our DeepSpeed configuration where the arm has a stage."""
+    import torch.distributed as dist
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    if "stage" in job or job["ranks"] > 1:
+        dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
+    arguments = TrainingArguments(
+        output_dir=job["folder"], max_steps=job["warmup"] + job["steps"] + 1, learning_rate=LR, max_grad_norm=CLIP,
+        per_device_train_batch_size=ROWS // job["ranks"], lr_scheduler_type="constant", optim="adamw_torch_fused",
+        adam_beta2=0.95, weight_decay=0.1, bf16=PRECISION == "bf16", torch_compile=job["compile"], report_to=[],
+        save_strategy="no", logging_steps=1, disable_tqdm=True, deepspeed=_deepspeed(job), ddp_backend=None,
+        use_cpu="stage" not in job and DEVICE.type == "cpu",
+    )  # fmt: skip
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_args: Any, **_more: Any) -> None:
+            times.append(time.time())
+
+    rows = [{"input_ids": i, "labels": i} for i in step_model.rows_of(Path(job["manifest"]))[0]]
+    trainer = Trainer(model=step_model.plain_model(), args=arguments, train_dataset=rows, callbacks=[Clock()])  # type: ignore[arg-type]
+    trainer.train()
+    return times, next(r["loss"] for r in reversed(trainer.state.log_history) if "loss" in r)
+
+
+def _deepspeed(job: dict[str, Any]) -> dict[str, Any] | None:
+    if "stage" not in job:
+        return None
+    from millrace.engine.config import EngineConfig
+    from millrace.engine.zero import deepspeed_config
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if DEVICE.type == "cuda" else "cpu")
+    settings = EngineConfig(zero_stage=job["stage"])
+    made = deepspeed_config(settings, PRECISION, micro_batch=ROWS // job["ranks"], accumulation=1, clip=CLIP)
+    return {**made, "gradient_clipping": CLIP}
+
+
+@contextlib.contextmanager
+def _profiled() -> Iterator[dict[str, str]]:
+    """Profile the block (start-up included) and name the engine's parts in it."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from millrace.engine.engine import Engine
+
+    for part in ("forward", "backward", "step"):
+        whole = getattr(Engine, part)
+
+        def named(*args: Any, _whole: Any = whole, _part: str = part, **more: Any) -> Any:
+            with record_function(f"millrace: {_part}"):
+                return _whole(*args, **more)
+
+        setattr(Engine, part, named)
+    found: dict[str, str] = {}
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE.type == "cuda")
+    with profile(activities=activities) as seen:
+        yield found
+    events = seen.key_averages()
+    by = "self_cuda_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
+    found["profile"] = events.table(sort_by=by, row_limit=30, max_name_column_width=60)
+    ours = [e for e in events if e.key.startswith("millrace: ")]
+    found["parts"] = "\n".join(f"{e.key:<20} {e.cpu_time_total / e.count / 1e3:9.1f} ms, {e.count} times" for e in ours)
