@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
 import os
 import platform
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -115,13 +117,22 @@ def fresh(script: str, job: Mapping[str, Any], ranks: int = 1, *, quiet: bool = 
             }  # fmt: skip
             log = open(Path(folder) / f"{rank}.log", "w") if quiet else None  # noqa: SIM115 (lives as long as the child)
             command = [sys.executable, script, "--worker", json.dumps(job)]
-            children.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT))
+            children.append(
+                subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT, preexec_fn=_die_with_parent)
+            )
         codes = _wait_all(children)
         if out.exists() and not any(codes):
             return dict(json.loads(out.read_text()))
         logs = [Path(folder) / f"{rank}.log" for rank in range(ranks)]
         said = next((p.read_text() for p, code in zip(logs, codes, strict=True) if code > 0 and p.exists()), "")
         return {"error": f"exit codes {codes}: " + "\n".join(said.splitlines()[-12:])}
+
+
+def _die_with_parent() -> None:
+    """In the child: ask Linux to kill it when the benchmark dies, however it dies."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _wait_all(children: Sequence[subprocess.Popen[bytes]]) -> list[int]:

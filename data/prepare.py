@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from millrace.core.config import option
 from millrace.core.console import warn
-from millrace.core.errors import UserError
+from millrace.core.errors import UserError, did_you_mean
 from millrace.core.rundir import write_atomic
+from millrace.data import SOURCES
 from millrace.data.index import Entries, to_entries
 from millrace.data.inputs import DATASET, InputFile, Progress, import_dataset, resolve
 from millrace.data.manifest import Shard, build_manifest, commit_manifest
@@ -36,7 +37,7 @@ class PrepareConfig:
 
     inputs: list[str] = option([], f"files, folders, globs, or data sets as {DATASET}NAME[:CONFIG[:SPLIT]]")
     out: str = option("", "folder to write the manifest to")
-    kind: Literal["auto", "jsonl", "parquet", "text"] = option("auto", "format of the files (auto: by suffix)")
+    kind: str = option("auto", f"format of the files: auto (by suffix), {', '.join(SOURCES)}")
     text: str = option("text", "column or field that holds the text")
     tokenizer: str | None = option(None, "tokenizer folder, file or hub name (default: train a byte-level BPE)")
     vocab_size: int = option(8192, "vocabulary of the tokenizer to train")
@@ -51,6 +52,9 @@ class PrepareConfig:
     on_bad: Literal["stop", "skip"] = option("stop", "what an undecodable document does")
 
     def __post_init__(self) -> None:
+        if self.kind != "auto" and self.kind not in SOURCES:
+            known = ", ".join(("auto", *SOURCES))
+            raise ValueError(f"kind = '{self.kind}': expected one of {known}{did_you_mean(self.kind, SOURCES)}")
         if not 0 <= self.heldout < 1:
             raise ValueError(f"heldout = {self.heldout} must be at least 0 and below 1")
         if self.heldout_by == "nth" and self.heldout > 0.5:

@@ -54,7 +54,8 @@ def open_subject(path: str | Path, *, dtype: str = "auto", context: int | None =
     """Open what `path` names; on the GPU where there is one.
 
     Args:
-        path: a run directory (its newest good checkpoint), a `step-N` folder, a Hugging Face folder or hub name.
+        path: a run directory (its newest good checkpoint, or what LoRA merged), a `step-N` folder, a Hugging Face
+            folder or hub name.
         dtype: "fp32", "bf16" or "auto", which is fp32 on a CPU and what the hardware is fast at on a GPU.
         context: tokens that the model sees at once; by default the training's sequence length, for models from
             elsewhere their `max_position_embeddings`, at most 4,096.
@@ -64,10 +65,14 @@ def open_subject(path: str | Path, *, dtype: str = "auto", context: int | None =
             than the vocabulary, or a context longer than the model's.
     """
     name = Path(path)
+    if (name / "merged" / "config.json").is_file():
+        path = name = (
+            name / "merged"
+        )  # a LoRA run: its checkpoints hold the adapters apart, this is the model with them
     if (name / "checkpoints").is_dir() or (name / "MANIFEST.json").is_file() or name.name.startswith("step-"):
         model, tokenizer, trained_on, origin = _open_ours(name)
     else:
-        model, tokenizer, trained_on, origin = _open_theirs(str(path))
+        model, tokenizer, trained_on, origin = _open_theirs(str(path))  # a Path would turn ./name into a hub name
     if model.get_output_embeddings() is None:
         raise UserError(f"{path} is no language model ({type(model).__name__}): it has no output over tokens")
     _check_vocabulary(model, tokenizer, path)

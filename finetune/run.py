@@ -13,7 +13,7 @@ from torch import nn
 
 from millrace.core.config import to_dict, to_toml
 from millrace.core.console import say
-from millrace.core.errors import DONE
+from millrace.core.errors import DONE, UserError
 from millrace.core.registry import lookup
 from millrace.core.rundir import RunDir, write_atomic
 from millrace.core.units import Duration, fmt_count
@@ -125,10 +125,20 @@ def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precisi
                 tracker.log("sample", step=0, prompt=prompt, text=text)
         outcome = fit(parts)
     if outcome == DONE:
-        written = world.on_main(lambda: write_results(prepared.rundir, prepared.task, prepared.base, peft))
+        written = world.on_main(lambda: _results(prepared, peft))
         if world.main:
             say(f"written: {', '.join(map(str, written))}")
     return outcome
+
+
+def _results(prepared: Prepared, peft: Any | None) -> list[Path]:
+    try:
+        return write_results(prepared.rundir, prepared.task, prepared.base, peft)
+    except OSError as error:
+        raise UserError(
+            f"training is done and saved, but its results could not be written into {prepared.rundir.path}: {error}; "
+            "free space and start the same command again"
+        ) from None
 
 
 def prepare(config: FinetuneConfig, world: World) -> Prepared:

@@ -59,7 +59,7 @@ def _evaluate(tasks: list[Any], lm: Any, limit: int | None) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     # lm-eval's description of the machine takes ten seconds of asking other programs; the result has its own.
-    with mock.patch("lm_eval.evaluator.add_env_info"):
+    with mock.patch("lm_eval.evaluator.add_env_info"), mock.patch("lm_eval.evaluator.get_git_commit_hash"):
         found = lm_eval.simple_evaluate(
             model=lm,
             tasks=tasks,

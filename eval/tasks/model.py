@@ -46,7 +46,7 @@ class SubjectLM(HFLM):
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, mask), each (B, T), for generation: padded on the left, cut on the left."""
-        rows = [self.tok_encode(s)[-(left_truncate_len or 0) :] for s in strings]
+        rows = [[self._ours.bos_id, *self.tok_encode(s)][-(left_truncate_len or 0) :] for s in strings]
         width = max(map(len, rows))
         ids_BT = torch.full((len(rows), width), self._ours.eos_id)
         mask_BT = torch.zeros_like(ids_BT)

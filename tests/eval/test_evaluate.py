@@ -109,7 +109,9 @@ def test_generate(run: Path, subject: Subject, capsys: Capture) -> None:
 
 def test_generate_beyond_the_positions(run: Path, capsys: Capture) -> None:
     assert main(["generate", str(run), "--prompt", "The mill", "--tokens", "62"]) == 1
-    assert "exceed the 64 positions of the model; ask for at most 61 tokens" in capsys.readouterr().err.replace("\n", " ")
+    assert "exceed the 64 positions of the model; ask for at most 61 tokens" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
     assert main(["generate", str(run), "--tokens", "0"]) == 1
 
 

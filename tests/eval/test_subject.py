@@ -77,9 +77,7 @@ def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(write_checkpoint(tmp_path, small_model("qwen3")), out)
     spec = json.loads((out / "tokenizer.json").read_text())
-    spec["added_tokens"] += [
-        {**spec["added_tokens"][0], "id": 300 + i, "content": f"<|extra{i}|>"} for i in range(40)
-    ]
+    spec["added_tokens"] += [{**spec["added_tokens"][0], "id": 300 + i, "content": f"<|extra{i}|>"} for i in range(40)]
     (out / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match="the tokenizer has 340 tokens but the model's vocabulary is 320"):
         open_subject(out)
@@ -99,3 +97,11 @@ def test_hugging_face_folder_that_does_not_fit(tmp_path: Path) -> None:
     (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match="transformers cannot load .*out"):
         open_subject(out)
+
+
+def test_lora_run_is_its_merged_model(tmp_path: Path) -> None:
+    export(write_checkpoint(tmp_path / "base", small_model("qwen3", seed=5)), tmp_path / "run" / "merged")
+    write_checkpoint(tmp_path / "run" / "checkpoints", small_model("qwen3", seed=6))
+    subject = open_subject(tmp_path / "run", dtype="fp32")
+    assert subject.description["path"] == str(tmp_path / "run" / "merged")
+    assert (logits(subject.model) - logits(small_model("qwen3", seed=5))).abs().max() <= 1e-5

@@ -70,7 +70,12 @@ def test_loglikelihoods_equal_brute_force(subject: Subject) -> None:
 
     from millrace.eval.tasks.model import SubjectLM
 
-    pairs = [("The mill", " stands"), ("", "Water runs"), ("The river ", "turns the wheel"), ("Who", " counts the grains?")]
+    pairs = [
+        ("The mill", " stands"),
+        ("", "Water runs"),
+        ("The river ", "turns the wheel"),
+        ("Who", " counts the grains?"),
+    ]
     requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
     found = SubjectLM(subject, 3).loglikelihood(requests)
     for (prompt, answer), (value, _) in zip(pairs, found, strict=True):
@@ -173,7 +178,9 @@ def test_groups_and_generation(subject: Subject, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     prompts = ["The mill", "The river turns the", "Water runs"]
     texts = continue_text(subject.model, subject.tokenizer, prompts, tokens=6, temperature=0)
-    rows = [{"question": p, "choices": ["a", "b"], "answer": 0, "target": t} for p, t in zip(prompts, texts, strict=True)]
+    rows = [
+        {"question": p, "choices": ["a", "b"], "answer": 0, "target": t} for p, t in zip(prompts, texts, strict=True)
+    ]
     write(tmp_path / "q.jsonl", rows)
     (tmp_path / "one.yaml").write_text(YAML.format(name="one", file="q.jsonl"))
     (tmp_path / "all.yaml").write_text(
@@ -193,7 +200,7 @@ def test_nothing_is_downloaded(subject: Subject, tmp_path: Path) -> None:
     (tmp_path / "far.yaml").write_text(text)
     with pytest.raises(UserError, match="cannot load the tasks of .*far.yaml.*nothing is downloaded"):
         run_tasks(subject, [str(tmp_path / "far.yaml")])
-    assert huggingface_hub.constants.HF_HUB_OFFLINE == before
+    assert before == huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_without_lm_eval(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

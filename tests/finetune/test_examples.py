@@ -139,6 +139,14 @@ def test_bad_configurations_are_named(overrides: list[str], message: str) -> Non
         load_config(FinetuneConfig, None, overrides)
 
 
+@pytest.mark.parametrize("name", ["instruct", "classify"])
+def test_recipes_load(name: str) -> None:
+    folder = Path(__file__).parents[2] / "configs"
+    config = load_config(FinetuneConfig, folder / f"finetune_{name}.toml", ["source=runs/mine"])
+    assert (config.objective.kind, config.source) == (name, "runs/mine")
+    check(config)
+
+
 def test_source_and_examples_are_needed() -> None:
     with pytest.raises(UserError, match="source is not set"):
         check(load_config(FinetuneConfig, None, []))

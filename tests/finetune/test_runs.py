@@ -209,7 +209,7 @@ def test_spam_is_told_from_ham(runs: Path) -> None:
     """Real messages, of which 87% are ham; a model of 0.1M random weights."""
     last = events(runs / "sms", "eval")[-1]
     assert last["tokens"] > 300
-    assert last["accuracy"] > 0.92
+    assert last["accuracy"] > 0.9
 
 
 @pytest.mark.parametrize("name", ["bert", "olmo2"])

@@ -1,0 +1,211 @@
+"""The stages of the demo, in order; each returns the rows that the last table shows."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from millrace.core.console import get_console, say
+from millrace.core.errors import UserError
+from millrace.core.ledger import read
+from millrace.core.units import fmt_count, fmt_seconds, fmt_size
+from millrace.launch import train
+from millrace.launch.demo import twins
+from millrace.launch.demo.corpus import Corpus, standard_library, write_corpus
+
+Row = tuple[str, str]
+
+_CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+_VOCABULARY = 4096
+_AGREEMENT = 0.01  # relative; the export is evaluated in another order of rows, with other rounding
+# Enough steps to kill in the middle of, on a small batch: it is about equality, not about quality.
+_TWIN = {
+    "train.duration": f"{twins.STEPS} steps", "checkpoint.every": f"{twins.CHECKPOINT_EVERY} steps",
+    "schedule.warmup": "4 steps", "eval.every": "1000 steps", "eval.rows": "8", "eval.prompts": "[]",
+    "track.norms_every": "0", "run.sample_ids": "true",
+}  # fmt: skip
+
+
+class Stopped(Exception):
+    """A run ended before its time, because it was asked to, or with an error that it has told itself."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Where this demo writes, and how many ranks its runs have."""
+
+    folder: Path
+    ranks: int
+    batch: int = 8
+
+    def ours(self, name: str, **more: Any) -> list[str]:
+        """Overrides that every run of the demo gets."""
+        given = {
+            "run.name": name, "run.dir": self.folder, "run.processes": self.ranks,
+            "train.batch": max(self.batch, self.ranks), "train.micro_batch": max(self.batch, self.ranks) // self.ranks,
+        }  # fmt: skip
+        return [f"{key}={value}" for key, value in (given | more).items()]
+
+    def ledger(self, name: str) -> Path:
+        return self.folder / name / "ledger.jsonl"
+
+    def events(self, name: str, event: str) -> list[dict[str, Any]]:
+        return [record for record in read(self.ledger(name)) if record["event"] == event]
+
+
+def play(demo: Demo, seconds: dict[str, str]) -> list[Row]:
+    """All stages. `seconds` may shorten them: {"pretrain": "20 s", "finetune": "10 s"}.
+
+    Raises:
+        UserError: something did not come out as it must; Stopped: a run was asked to stop.
+    """
+    made = corpus(demo)
+    rows = prepare(demo, made)
+    rows += pretrain(demo, seconds.get("pretrain"))
+    rows += kill_show(demo)
+    rows += export_and_evaluate(demo)
+    rows += finetune(demo, made, seconds.get("finetune"))
+    return rows
+
+
+def _config(name: str) -> str:
+    path = _CONFIGS / name
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run the demo from a checkout of the repository, with `make demo`")
+    return str(path)
+
+
+def _title(text: str) -> None:
+    get_console().rule(f"[bold]{text}", align="left")
+
+
+def _run(start: Callable[[list[str]], int], arguments: list[str]) -> None:
+    code = start(arguments)
+    if code:
+        raise Stopped(code)
+
+
+def corpus(demo: Demo) -> Corpus:
+    """Python's standard library as text."""
+    _title("1/6  text: Python's standard library")
+    made = write_corpus(standard_library(), demo.folder / "text")
+    say(
+        f"{made.modules} modules with {fmt_size(made.bytes)} of source and docstrings; {made.modules_held_out} modules, "
+        "chosen by a hash of their names, are held out"
+    )
+    return made
+
+
+def prepare(demo: Demo, made: Corpus) -> list[Row]:
+    """Tokenizer and manifests, of both parts apart."""
+    from millrace.data.prepare import PrepareConfig
+    from millrace.data.prepare import prepare as prepare_files
+
+    folder = demo.folder / "data"
+    train_part = prepare_files(PrepareConfig(inputs=[str(made.train)], out=str(folder), vocab_size=_VOCABULARY))
+    held = prepare_files(
+        PrepareConfig(inputs=[str(made.heldout)], out=str(demo.folder / "heldout"), tokenizer=str(folder / "tokenizer"))
+    )
+    tokens = [sum(source["tokens"] for source in part) for part in (train_part.train, held.train)]
+    say(f"{fmt_count(tokens[0])} tokens to train on, {fmt_count(tokens[1])} held out, vocabulary {_VOCABULARY:,}")
+    return [("text", f"{fmt_size(made.bytes)}, {made.modules} modules, {made.modules_held_out} of them held out")]
+
+
+def _data(demo: Demo) -> dict[str, Any]:
+    return {"data.manifest": demo.folder / "data", "data.heldout": demo.folder / "heldout"}
+
+
+def pretrain(demo: Demo, seconds: str | None) -> list[Row]:
+    """The main run."""
+    _title(f"2/6  pretraining on {demo.ranks} ZeRO-2 rank(s)")
+    more = _data(demo) | ({"train.duration": seconds, "eval.every": seconds} if seconds else {})
+    _run(train.pretrain, [_config("demo.toml"), *demo.ours("pretrain", **more)])
+    start, steps = demo.events("pretrain", "start")[0], demo.events("pretrain", "step")
+    tokens, spent = steps[-1]["tokens_total"], sum(step["seconds"] for step in steps)
+    waited = sum(step["data_wait"] for step in steps) / spent
+    mfu = tokens / spent * start["flops_per_token"] / start["peak_flops"]
+    return [
+        ("model", f"{fmt_count(start['params'])} parameters, {start['precision']}, {start['world']} ZeRO-2 rank(s)"),
+        ("pretraining", f"{len(steps):,} steps, {fmt_count(tokens)} tokens in {fmt_seconds(spent)}"),
+        ("speed", f"{tokens / spent:,.0f} tokens/s, {mfu:.0%} of the peak, {waited:.1%} waiting for data"),
+        ("held-out text", f"{demo.events('pretrain', 'eval')[-1]['bpb']:.3f} bits per byte"),
+    ]
+
+
+def kill_show(demo: Demo) -> list[Row]:
+    """The same short run twice, once killed with SIGKILL and resumed."""
+    _title("3/6  kill -9 in the middle of a run, against a twin that lives")
+    both = {**_data(demo), **_TWIN}
+    config = _config("demo.toml")
+    _run(train.pretrain, [config, *demo.ours("twin", **both)])
+    arguments = [config, *demo.ours("killed", **both)]
+    killed_at = twins.kill_in_the_middle(twins.pretrain_command(arguments), demo.ledger("killed"))
+    say(f"killed all processes with SIGKILL after step {killed_at}; the same command again:")
+    _run(train.pretrain, arguments)
+    proof = twins.compare(demo.ledger("twin"), demo.ledger("killed"), killed_at)
+    said = f"killed after step {proof.killed_at}, resumed from {proof.resumed_from}: "
+    said += f"{proof.steps} losses equal to the last bit, {proof.samples} sample spans equal"
+    say(said)
+    return [("SIGKILL", said)]
+
+
+def export_and_evaluate(demo: Demo) -> list[Row]:
+    """A Hugging Face folder, and its bits per byte beside what the loop found.
+
+    Raises:
+        UserError: the two figures differ.
+    """
+    _title("4/6  export to Hugging Face, and evaluation of the export")
+    from millrace.core.units import parse_size
+    from millrace.engine.export import export
+    from millrace.eval.evaluate import Request, evaluate, show_result, write_result
+
+    made = export(str(demo.folder / "pretrain"), str(demo.folder / "exported"), "fp32", parse_size("5 GB"))
+    text = str(demo.folder / "text" / "heldout.jsonl")
+    result = evaluate(Request(source=str(made.path), text=[text], dtype="fp32"))
+    show_result(result)
+    write_result(result, demo.folder / "eval.json")
+    found, loop = result["text"][text]["bits_per_byte"], demo.events("pretrain", "eval")[-1]["bpb"]
+    if abs(found / loop - 1) > _AGREEMENT:
+        raise UserError(
+            f"the exported model has {found:.4f} bits per byte on the held-out text, but the training loop found "
+            f"{loop:.4f}; see {demo.folder / 'eval.json'}"
+        )
+    return [("export", f"{fmt_size(made.bytes)}; evaluates to {found:.3f} bits per byte, the loop's {loop:.3f}")]
+
+
+def finetune(demo: Demo, made: Corpus, seconds: str | None) -> list[Row]:
+    """LoRA on short questions, and an answer to a held-out one before and after."""
+    _title("5/6  fine-tuning with LoRA")
+    asked = json.loads(made.tuning_heldout.read_text(encoding="utf-8").splitlines()[0])
+    more = {
+        "source": demo.folder / "pretrain", "data.train": made.tuning, "data.heldout": made.tuning_heldout,
+        "eval.prompts": json.dumps([asked["prompt"]]), **({"train.duration": seconds} if seconds else {}),
+    }  # fmt: skip
+    _run(train.finetune, [_config("demo_finetune.toml"), *demo.ours("finetune", **more)])
+    samples, steps = demo.events("finetune", "sample"), demo.events("finetune", "step")
+    start = demo.events("finetune", "start")[0]
+    _title("6/6  before and after")
+    for label, text in (
+        ("question (held out)", asked["prompt"]), ("before", samples[0]["text"]),
+        ("after", samples[-1]["text"]), ("the docstring says", asked["response"]),
+    ):  # fmt: skip
+        get_console().print(f"[bold]{label}[/]")
+        get_console().print(text.strip() or "(nothing)", markup=False, highlight=False)
+    held = demo.events("finetune", "eval")[-1]["loss"]
+    return [
+        ("LoRA", f"{fmt_count(start['trained'])} of {fmt_count(start['params'])} parameters, {len(steps)} steps, "
+                 f"loss {steps[0]['loss']:.2f} → {steps[-1]['loss']:.2f}, held out {held:.2f}"),
+    ]  # fmt: skip
+
+
+def clock(began: float) -> Row:
+    """How long the demo took."""
+    return ("time", fmt_seconds(time.monotonic() - began))
