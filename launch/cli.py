@@ -84,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(target: str, arguments: list[str], debug: bool) -> int:
     try:
         return int(load(target)(arguments))
+    except BrokenPipeError:  # `millrace config | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, OSError) as problem:
         if debug:
             raise

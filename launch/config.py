@@ -32,9 +32,9 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"give one configuration file, not {', '.join(files)}")
     config = load_config(load(_CLASSES[options.command]), files[0] if files else None, overrides)
     if options.world:
-        from millrace.pretrain.config import resolve
+        from millrace.data.loader import check_batch
 
-        resolve(config, options.world)
+        check_batch(config.train.batch, config.train.micro_batch, options.world)
     print(to_toml(config) if options.toml else _explained(config))
     return 0
 
