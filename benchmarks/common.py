@@ -93,7 +93,10 @@ def interleave(
         order.shuffle(names)
         for place, name in enumerate(names, 1):
             say(f"round {number + 1}/{rounds}, {place}/{len(names)}: {name}")
-            found[name].append(arms[name]())
+            result = arms[name]()
+            found[name].append(result)
+            if "error" in result:
+                warn(f"{name}: {result['error']}")
     return found
 
 

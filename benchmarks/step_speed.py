@@ -109,9 +109,6 @@ def _report(measured: dict[str, list[dict[str, Any]]], result: dict[str, Any]) -
     title = f"Step speed; matrix products reach {peak / 1e9:.0f} GFLOP/s"
     columns = ["arm", "tokens/s", "quartiles", "utilisation", "of bare, same kind", "of Trainer, same arm"]
     common.report(title, columns, rows, path)
-    for name, found in measured.items():
-        for failed in (m["error"] for m in found[:1] if "error" in m):
-            common.warn(f"{name}: {failed}")
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ from millrace.core.errors import UserError
 from millrace.finetune.config import FinetuneConfig
 from millrace.finetune.examples import Example, Record, field, text_field
 from millrace.finetune.source import quietly, without_dropout
-from millrace.finetune.task import Build
+from millrace.finetune.task import Build, Task
 
 _HEADS = ("score", "classifier")  # what transformers' families call it
 
 
-class Classify:
+class Classify(Task):
     """Examples are {"text", "label"}; labels are texts or whole numbers."""
 
     peft_type = "SEQ_CLS"

@@ -16,14 +16,14 @@ from millrace.finetune.chat import Chat, Message, fit_length
 from millrace.finetune.config import FinetuneConfig
 from millrace.finetune.examples import Example, Record, field, text_field
 from millrace.finetune.source import quietly, without_dropout
-from millrace.finetune.task import Build
+from millrace.finetune.task import Build, Task
 from millrace.models.bridge import build_model
 from millrace.models.config import ModelConfig
 from millrace.models.packing import PACKABLE
 from millrace.pretrain.objectives.causal_lm import CausalLM
 
 
-class Instruct:
+class Instruct(Task):
     """Examples are {"prompt", "response"} or {"messages": [{"role", "content"}, …]}."""
 
     peft_type = "CAUSAL_LM"

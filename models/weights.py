@@ -111,12 +111,15 @@ class Checkpoint:
         return [hub_file(self.name, ONE_FILE)]
 
     def shape(self, key: str) -> list[int]:
+        """Of the tensor `key`."""
         return self.files[key].get_slice(key).get_shape()
 
     def read(self, key: str) -> torch.Tensor:
+        """The tensor `key`, in memory."""
         return self.files[key].get_tensor(key)
 
     def empty(self, key: str) -> torch.Tensor:
+        """A tensor of its shape on the meta device."""
         return torch.empty(self.shape(key), device="meta")
 
 

@@ -56,8 +56,9 @@ def fit(parts: Parts) -> int:
     world, duration = engine.world, config.train.duration
     point, last_saved = parts.point, parts.point.step
     steps = iter(parts.loader)
-    total = {"steps": "total_steps", "tokens": "total_tokens", "s": "total_seconds"}[duration.unit]
-    with StopRequest() as stop, Progress(**{total: duration.value}, enabled=world.main) as progress:
+    names = {"steps": "total_steps", "tokens": "total_tokens", "s": "total_seconds"}
+    total: dict[str, Any] = {names[duration.unit]: duration.value}
+    with StopRequest() as stop, Progress(**total, enabled=world.main) as progress:
         while point.fraction(duration) < 1:
             began = time.perf_counter()
             batch = next(steps)

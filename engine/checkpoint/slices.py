@@ -33,6 +33,7 @@ class Held:
 
     @property
     def length(self) -> int:
+        """Number of elements."""
         return self.views[MASTER].numel()
 
     def narrow(self, start: int, stop: int) -> Held | None:

@@ -142,7 +142,7 @@ def pretrain(demo: Demo, seconds: str | None) -> list[Row]:
 def kill_show(demo: Demo) -> list[Row]:
     """The same short run twice, once killed with SIGKILL and resumed."""
     _title("3/6  kill -9 in the middle of a run, against a twin that lives")
-    both = {**_data(demo), **_TWIN}
+    both = {**_data(demo), **_TWIN, "train.batch": 2 * demo.ranks, "train.micro_batch": 2}
     config = _config("demo.toml")
     _run(train.pretrain, [config, *demo.ours("twin", **both)])
     arguments = [config, *demo.ours("killed", **both)]
@@ -150,8 +150,10 @@ def kill_show(demo: Demo) -> list[Row]:
     say(f"killed all processes with SIGKILL after step {killed_at}; the same command again:")
     _run(train.pretrain, arguments)
     proof = twins.compare(demo.ledger("twin"), demo.ledger("killed"), killed_at)
-    said = f"killed after step {proof.killed_at}, resumed from {proof.resumed_from}: "
-    said += f"{proof.steps} losses equal to the last bit, {proof.samples} sample spans equal"
+    said = (
+        f"killed after step {proof.killed_at}, resumed from {proof.resumed_from}: {proof.steps} losses equal to the last "
+        f"bit, {proof.samples} sample spans equal"
+    )
     say(said)
     return [("SIGKILL", said)]
 
