@@ -15,7 +15,9 @@ import torch
 from common import worker_result
 from step_model import CLIP, LENGTH, LR, ROWS
 
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+DEVICE = (
+    torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+)
 PRECISION = "bf16" if DEVICE.type == "cuda" else "fp32"
 
 

@@ -26,7 +26,7 @@ CLIP, LR = 1.0, 1e-3
 def write_manifest(folder: Path, rows: int) -> Path:
     """A prepared corpus below `folder` whose every document fills a row exactly, so that all arms see the same shapes.
 
-    The text is Python's standard library; a document is `LENGTH` - 1 tokens of it (the border token is the first input).
+    The text is Python's standard library; a document is `LENGTH` - 1 tokens of it (the border token comes first).
     """
     from millrace.data.prepare import PrepareConfig, prepare
     from millrace.data.tokenizer import load_tokenizer, train_bpe

@@ -98,7 +98,10 @@ def _report(measured: dict[str, list[dict[str, Any]]], result: dict[str, Any]) -
             continue
         low, middle, high = rates[name]
         kind, ranks = name.rsplit("-", 1)[1], name.split("-r")[-1][0]
-        against = [rates.get(f"bare-r1-{kind}"), rates.get(f"trainer{name[name.index('-') :]}")]
+        against = [
+            rates.get(f"bare-r1-{kind}"),
+            rates.get(f"trainer{name[name.index('-') :]}") if name.startswith("millrace") else None,
+        ]
         ratios = [f"{middle / other[1]:.3f}" if other else "" for other in against]
         share = good[name][0]["flops_per_token"] * middle / peak
         if ranks != "1":

@@ -2,9 +2,10 @@
 
     python benchmarks/text_books.py [BOOKS] [--seeds 0 1 2] [--minutes 10] [optim.lr=3e-3 …]
 
-BOOKS is a folder of .txt files. They are cut into chapter-sized blocks, every twentieth is held out. Each seed is a run of
-configs/text_books.toml (overrides are passed on). A primed compressor has seen the training text: its figure is the size of
-training and held-out text compressed together minus that of the training text alone. About 40 minutes on 2 cores.
+BOOKS is a folder of .txt files. They are cut into chapter-sized blocks, every twentieth is held out. Each seed is a run
+of configs/text_books.toml (overrides are passed on). A primed compressor has seen the training text: its figure is the
+size of training and held-out text compressed together minus that of the training text alone. About 40 minutes on 2
+cores.
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ def main() -> None:
     paths = books_corpus.write_corpus(books, options.dir / "text")
     data = _prepare(paths, options.dir, options.vocab_size)
     runs = {seed: _train(seed, data, options, overrides) for seed in options.seeds}
-    sizes = {} if options.no_compressors else compressors(*(books_corpus.read_texts(paths[p]) for p in ("train", "heldout")))
+    sizes = (
+        {}
+        if options.no_compressors
+        else compressors(*(books_corpus.read_texts(paths[p]) for p in ("train", "heldout")))
+    )
     _report(runs, sizes, {"environment": environment, "overrides": overrides, "minutes": options.minutes})
 
 
@@ -136,8 +141,10 @@ def _report(runs: dict[int, dict[str, Any]], sizes: dict[str, float], result: di
     titles = [f"seed {seed}" for seed in runs]
     common.show_table("Held-out bits per byte in training", ["minutes", *titles], rows)
     # Runs of equal length in time need not have as many evaluations: the last row of each is given here.
-    table = [(f"millrace, seed {seed}", f"{run['bits_per_byte']:.4f}", f"{run['tokens_per_s']:,.0f}", f"{run['mfu']:.0%}")
-             for seed, run in runs.items()]  # fmt: skip
+    table = [
+        (f"millrace, seed {seed}", f"{r['bits_per_byte']:.4f}", f"{r['tokens_per_s']:,.0f}", f"{r['mfu']:.0%}")
+        for seed, r in runs.items()
+    ]
     spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
     table.append(("millrace, mean", f"{statistics.mean(scores):.4f} ± {spread:.4f}", "", ""))
     table += [(name, f"{value:.4f}", "", "") for name, value in sizes.items()]

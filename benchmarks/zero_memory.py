@@ -2,8 +2,8 @@
 
     python benchmarks/zero_memory.py [--ranks 1 2 4] [--stages 0 1 2 3] [--width 768] [--layers 8]
 
-Each measurement is a fresh group of processes that builds the model, the engine and the optimiser as a run does and takes
-three steps of few tokens. On a CPU the figure is the largest resident set after the moment before the model is built, minus
+Each measurement is a fresh group of processes that builds model, engine and optimiser as a run does and takes three
+steps of few tokens. On a CPU the figure is the largest resident set from the moment before the model is built, minus
 the resident set at that moment; on a GPU it is torch's largest allocation. About 10 minutes on 2 cores.
 """
 
@@ -25,8 +25,8 @@ _LENGTH, _VOCABULARY, _STEPS = 64, 8192, 3
 def formula(parameters: int, stage: int, ranks: int, precision: str) -> dict[str, float]:
     """Bytes of one rank by kind (ZeRO, https://arxiv.org/abs/1910.02054, section 3, for the stored states).
 
-    In fp32 the weights are their own masters at stage 0; from stage 1 on DeepSpeed keeps a second, sharded copy. In bf16
-    gradients are accumulated in fp32 from stage 1 on (`grad_accum_dtype`), and in bf16 at stage 0.
+    In fp32 the weights are their own masters at stage 0; from stage 1 on DeepSpeed keeps a second, sharded copy. In
+    bf16 gradients are accumulated in fp32 from stage 1 on (`grad_accum_dtype`), and in bf16 at stage 0.
     """
     width = 4 if precision == "fp32" else 2
     shard = parameters / ranks

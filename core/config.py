@@ -200,8 +200,7 @@ def _coerce(hint: Any, value: Any, unit: str, where: tuple[Source, str]) -> Any:
         if value not in args:
             hint_text = did_you_mean(str(value), [str(a) for a in args])
             raise UserError(
-                f"{key} = {value!r} in {source.place(key)}: expected one of "
-                f"{', '.join(map(repr, args))}{hint_text}"
+                f"{key} = {value!r} in {source.place(key)}: expected one of {', '.join(map(repr, args))}{hint_text}"
             )
         return value
     if origin in (list, tuple):

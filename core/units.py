@@ -89,7 +89,8 @@ class Duration:
 def fmt_count(value: float) -> str:
     """1234567 → '1.23M'."""
     for suffix, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= factor:
+        # 999,999 is 1M, not 1e+03k.
+        if abs(value) >= 0.9995 * factor and abs(value) >= 1000:
             return f"{value / factor:.3g}{suffix}"
     return f"{value:.3g}" if isinstance(value, float) and value != int(value) else str(int(value))
 

@@ -17,9 +17,7 @@ class Engine:
     `accelerator.backward` is not used: it steps by itself and binds only the first engine.
     """
 
-    def __init__(
-        self, world: World, objective: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float
-    ) -> None:
+    def __init__(self, world: World, objective: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
         self.world = world
         self.clip = clip
         self.ds, _ = world.accelerator.prepare(objective, optimizer)

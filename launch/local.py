@@ -36,9 +36,7 @@ def run_ranks(module: str, arguments: Sequence[str], processes: int) -> int:
             "OMP_NUM_THREADS": threads,
         }
         # A process group of their own: Ctrl-C reaches them once, through us.
-        children.append(
-            subprocess.Popen([sys.executable, "-m", module, *arguments], env=env, start_new_session=True)
-        )
+        children.append(subprocess.Popen([sys.executable, "-m", module, *arguments], env=env, start_new_session=True))
     return _wait(children)
 
 

@@ -24,9 +24,7 @@ class RunSection:
     name: str = option("run", "names the run directory: run.dir/run.name")
     dir: str = option("runs", "folder of run directories")
     seed: int = option(0, "of the initial weights and the order of samples")
-    processes: int = option(
-        0, "ranks that `millrace pretrain` starts by itself; 0: one per GPU, one without GPUs"
-    )
+    processes: int = option(0, "ranks that `millrace pretrain` starts by itself; 0: one per GPU, one without GPUs")
     sample_ids: bool = option(False, "list every step's samples in the ledger, not only their hash")
 
     def __post_init__(self) -> None:
@@ -53,9 +51,7 @@ class TrainSection:
 class EvalSection:
     """Held-out evaluation and samples in the loop."""
 
-    every: Duration | None = option(
-        Duration(250, "steps"), "between evaluations: steps or a time; one more at the end"
-    )
+    every: Duration | None = option(Duration(250, "steps"), "between evaluations: steps or a time; one more at the end")
     rows: int = option(256, "rows of held-out text in the loop; 0 for all of it")
     prompts: list[str] = option([], "continued at every evaluation")
     sample_tokens: int = option(48, "tokens generated for each prompt")

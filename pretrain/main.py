@@ -52,7 +52,7 @@ def main_rank(cls: type[Any], run: Callable[[Any], int], argv: Sequence[str]) ->
 
 
 def _exit_code(outcome: int) -> int:
-    """Launchers turn any child's code into 1 and end its siblings: under them "continue me" stands in outcome.json only."""
+    """Launchers turn any child's code into 1 and end its siblings: there outcome.json says "continue me"."""
     return DONE if "TORCHELASTIC_RUN_ID" in os.environ and outcome == CONTINUE else outcome
 
 

@@ -47,6 +47,4 @@ class AdamW:
             for matrix in (True, False)
             if groups[matrix]
         ]
-        return torch.optim.AdamW(
-            made, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True
-        )
+        return torch.optim.AdamW(made, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)

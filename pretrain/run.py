@@ -115,9 +115,7 @@ def build_loader_at(config: PretrainConfig, world: World, state: LoaderState | N
     )
 
 
-def build_engine(
-    config: PretrainConfig, world: World, settings: dict[str, Any], vocab_size: int
-) -> tuple[Engine, Any]:
+def build_engine(config: PretrainConfig, world: World, settings: dict[str, Any], vocab_size: int) -> tuple[Engine, Any]:
     """Model, objective and optimiser inside a DeepSpeed engine; returns (engine, model)."""
     stage = settings["zero_optimization"]["stage"]
     zero3 = {**settings, "train_batch_size": config.train.batch} if stage == 3 else None
@@ -176,9 +174,7 @@ def _sampler(config: PretrainConfig, model: Any, tokenizer: Any) -> Callable[[],
     return sample
 
 
-def _start_record(
-    parts: Parts, model: Any, how: tuple[str, str, int | None], manifest: Manifest
-) -> dict[str, Any]:
+def _start_record(parts: Parts, model: Any, how: tuple[str, str, int | None], manifest: Manifest) -> dict[str, Any]:
     run_id, precision, resumed = how
     ds = parts.engine.ds
     return {

@@ -47,26 +47,18 @@ class SlurmConfig:
 
     nodes: int = option(1, "number of nodes")
     gpus_per_node: int = option(0, "GPUs on each node; 0 trains on the CPU")
-    processes_per_node: int = option(
-        0, "training processes on each node; 0 = one per GPU, or one without GPUs"
-    )
+    processes_per_node: int = option(0, "training processes on each node; 0 = one per GPU, or one without GPUs")
     cpus_per_task: int = option(0, "CPU cores on each node, shared by its processes; 0 = one per process")
-    time: str = option(
-        "", "time limit as Slurm writes it, '2:00:00' or '1-12'; empty = the partition's default"
-    )
+    time: str = option("", "time limit as Slurm writes it, '2:00:00' or '1-12'; empty = the partition's default")
     partition: str = option("", "partition; empty = the cluster's default")
     account: str = option("", "account to charge; empty = the user's default")
     qos: str = option("", "quality of service; empty = the default")
     job_name: str = option("", "name in the queue; empty = the run directory's name")
     log: str = option("", "file of the job's output, %j is the job's number; empty = RUN/slurm/%j.out")
     container: str = option("", "container image (a path or URI), started by pyxis: srun --container-image")
-    container_mounts: list[str] = option(
-        [], "further SOURCE:TARGET mounts; the run directory is always mounted"
-    )
+    container_mounts: list[str] = option([], "further SOURCE:TARGET mounts; the run directory is always mounted")
     accelerate_config: str = option("", "file for accelerate launch --config_file; empty = --use_deepspeed")
-    environment: dict[str, str] = option(
-        {}, "variables exported to every process; no secrets, the script is kept"
-    )
+    environment: dict[str, str] = option({}, "variables exported to every process; no secrets, the script is kept")
     setup: list[str] = option([], "shell lines before the start, such as 'module load cuda'")
     extra: list[str] = option([], "further sbatch options, such as '--exclusive' or '--constraint=a100'")
 
@@ -82,9 +74,7 @@ class SlurmConfig:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"environment: {name!r} is not a variable's name; use letters, digits and _")
         if self.container_mounts and not self.container:
-            raise ValueError(
-                "container_mounts is set and container is not; set container to an image, or drop it"
-            )
+            raise ValueError("container_mounts is set and container is not; set container to an image, or drop it")
         for line in self.extra:
             _check_extra(line)
 
@@ -125,9 +115,7 @@ def _check_texts(config: SlurmConfig) -> None:
     values += [(f"environment.{name}", value) for name, value in config.environment.items()]
     for key, value in values:
         if not isinstance(value, str):
-            raise ValueError(
-                f"{key} = {value!r}: expected a string, not {type(value).__name__}; put it in quotes"
-            )
+            raise ValueError(f"{key} = {value!r}: expected a string, not {type(value).__name__}; put it in quotes")
         if any(character in value for character in "\n\r\0"):
             raise ValueError(f"{key} = {value!r} holds a line break; write it on one line")
 

@@ -50,9 +50,7 @@ def render(config: SlurmConfig, command: Sequence[str], run_dir: str | Path) -> 
     header = _header(config, run)
     for line in header:
         if "\n" in line:
-            raise UserError(
-                f"{line!r} holds a line break, which an sbatch header cannot; rename that directory"
-            )
+            raise UserError(f"{line!r} holds a line break, which an sbatch header cannot; rename that directory")
     parts = [
         "#!/usr/bin/env bash\n" + "".join(f"#SBATCH {shlex.quote(line)}\n" for line in header),
         _preamble(config),

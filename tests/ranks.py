@@ -39,7 +39,12 @@ def run_world(script: Path, world: int, arguments: Sequence[str] = (), timeout: 
         command = [sys.executable, str(script), *arguments]
         children.append(
             subprocess.Popen(
-                command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                command,
+                env=env,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
                 start_new_session=True,
             )  # fmt: skip
         )

@@ -43,13 +43,13 @@ class Demo:
 
     folder: Path
     ranks: int
-    batch: int = 8
+    batch: int = 4
 
     def ours(self, name: str, **more: Any) -> list[str]:
         """Overrides that every run of the demo gets."""
         given = {
             "run.name": name, "run.dir": self.folder, "run.processes": self.ranks,
-            "train.batch": max(self.batch, self.ranks), "train.micro_batch": max(self.batch, self.ranks) // self.ranks,
+            "train.batch": max(self.batch, self.ranks), "train.micro_batch": max(1, self.batch // self.ranks),
         }  # fmt: skip
         return [f"{key}={value}" for key, value in (given | more).items()]
 
@@ -97,8 +97,8 @@ def corpus(demo: Demo) -> Corpus:
     _title("1/6  text: Python's standard library")
     made = write_corpus(standard_library(), demo.folder / "text")
     say(
-        f"{made.modules} modules with {fmt_size(made.bytes)} of source and docstrings; {made.modules_held_out} modules, "
-        "chosen by a hash of their names, are held out"
+        f"{made.modules} modules with {fmt_size(made.bytes)} of source and docstrings; {made.modules_held_out} "
+        "modules, chosen by a hash of their names, are held out"
     )
     return made
 
@@ -151,8 +151,8 @@ def kill_show(demo: Demo) -> list[Row]:
     _run(train.pretrain, arguments)
     proof = twins.compare(demo.ledger("twin"), demo.ledger("killed"), killed_at)
     said = (
-        f"killed after step {proof.killed_at}, resumed from {proof.resumed_from}: {proof.steps} losses equal to the last "
-        f"bit, {proof.samples} sample spans equal"
+        f"killed after step {proof.killed_at}, resumed from {proof.resumed_from}: {proof.steps} losses equal to the "
+        f"last bit, {proof.samples} sample spans equal"
     )
     say(said)
     return [("SIGKILL", said)]

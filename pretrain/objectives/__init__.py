@@ -1,9 +1,7 @@
 """Objectives: modules whose forward returns the summed loss. One file and one line in each of the two tables."""
 
 if __name__ != "millrace.pretrain.objectives":
-    raise ImportError(
-        f"import millrace.pretrain.objectives, not {__name__}: a bare import would load a second copy"
-    )
+    raise ImportError(f"import millrace.pretrain.objectives, not {__name__}: a bare import would load a second copy")
 
 # kind -> the objective's section of the configuration (no torch in its module), and the module itself
 CONFIGS = {

@@ -36,9 +36,7 @@ class CausalLM(nn.Module):
             "documents": document_inputs(positions_BT, micro.seq_lens, self.model.config._attn_implementation),
         }
 
-    def forward(
-        self, input_ids_BT: Tensor, labels_BT: Tensor, documents: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids_BT: Tensor, labels_BT: Tensor, documents: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """`input_ids_BT`, `labels_BT` int64, labels aligned with the inputs and -100 for none.
 
         Returns:

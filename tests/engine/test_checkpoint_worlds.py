@@ -66,7 +66,12 @@ def close(a: list[str], b: list[str]) -> float:
 
 def test_the_wrappers_are_all_covered(written: Any) -> None:
     found = {r["wrapper"] for r in written[0].values()}
-    assert {"DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "FP16_UnfusedOptimizer", "BF16_Optimizer"} <= found
+    assert {
+        "DeepSpeedZeroOptimizer",
+        "DeepSpeedZeroOptimizer_Stage3",
+        "FP16_UnfusedOptimizer",
+        "BF16_Optimizer",
+    } <= found
     assert len(found) == 5, found  # and the plain optimiser
 
 

@@ -1,6 +1,6 @@
 """Ranks of the engine's tests: run scenarios one after another in one process group, print one JSON line.
 
-Arguments: a JSON file with {"config": TOML path, "scenarios": [{"name", "overrides", "steps", "load", "save", "from"}]}.
+Arguments: a JSON file with {"config": TOML path, "scenarios": [{"name", "overrides", "steps", "load", "save"}]}.
 A scenario builds a new engine, loads checkpoint `load` (a folder) if given, trains `steps` steps, saves into `save`.
 """
 

@@ -23,9 +23,7 @@ def reference(hidden, weight, bias, labels, z_loss, transform):
 @pytest.mark.parametrize("chunk", [1, 10, 37, 1000])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(
-    "transform", [LogitsTransform(), LogitsTransform(cap=3.0), LogitsTransform(factor=0.25)]
-)
+@pytest.mark.parametrize("transform", [LogitsTransform(), LogitsTransform(cap=3.0), LogitsTransform(factor=0.25)])
 def test_equals_full_logits(chunk, z_loss, bias, transform):
     torch.manual_seed(0)
     head = nn.Linear(D, V, bias=bias, dtype=torch.float64)

@@ -76,9 +76,7 @@ def command(config: Path, folder: Path, name: str, overrides: list[str]) -> list
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(w, marks=() if w in QUICK else pytest.mark.slow) for w in WAYS]
-)
+@pytest.mark.parametrize("way", [pytest.param(w, marks=() if w in QUICK else pytest.mark.slow) for w in WAYS])
 def test_killed_and_resumed_equals_its_twin(config_file: Path, tmp_path: Path, way: str) -> None:
     log = tmp_path / "log"
     twin = command(config_file, tmp_path, "twin", WAYS[way])

@@ -169,9 +169,7 @@ def _config(directory: Path) -> str:
         f"NodeName={name} NodeHostName={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 State=UNKNOWN"
         for name, port in zip(NODES, node_ports, strict=True)
     )
-    return CONFIG.format(
-        host=host, dir=directory, controller_port=controller, nodes=nodes, names=",".join(NODES)
-    )
+    return CONFIG.format(host=host, dir=directory, controller_port=controller, nodes=nodes, names=",".join(NODES))
 
 
 def _free_ports(count: int) -> list[int]:

@@ -11,16 +11,12 @@ from millrace.core.errors import UserError
 from millrace.slurm.config import SlurmConfig
 
 
-@pytest.mark.parametrize(
-    "time", ["", "90", "90:00", "2:00:00", "100:59:59", "1-12", "1-12:30", "1-12:30:59", "0:5"]
-)
+@pytest.mark.parametrize("time", ["", "90", "90:00", "2:00:00", "100:59:59", "1-12", "1-12:30", "1-12:30:59", "0:5"])
 def test_time_limits_of_slurm(time: str) -> None:
     assert SlurmConfig(time=time).time == time
 
 
-@pytest.mark.parametrize(
-    "time", ["2h", "30 min", "1:60", "1:00:75", "-5", "1-", "1-1:1:1:1", "1:2:3:4", " 5"]
-)
+@pytest.mark.parametrize("time", ["2h", "30 min", "1:60", "1:00:75", "-5", "1-", "1-1:1:1:1", "1:2:3:4", " 5"])
 def test_other_times_are_refused(time: str) -> None:
     with pytest.raises(ValueError, match=r"time = .*is not a time limit.*'2:00:00'"):
         SlurmConfig(time=time)

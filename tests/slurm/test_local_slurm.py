@@ -108,9 +108,7 @@ def test_two_nodes_meet_through_the_rendered_rendezvous(cluster: Path) -> None:
         (None, 7, 7),
     ],
 )
-def test_the_job_ends_with_the_runs_outcome(
-    cluster: Path, outcome: str | None, own: int, expected: int
-) -> None:
+def test_the_job_ends_with_the_runs_outcome(cluster: Path, outcome: str | None, own: int, expected: int) -> None:
     """The launcher is replaced by a script that ends with `own`; a stale outcome.json says 75."""
     run = cluster
     (run / "outcome.json").write_text('{"code": 75, "why": "of an earlier job", "step": 1}')

@@ -71,9 +71,7 @@ def test_bash_and_shellcheck_accept_the_scripts(path: Path) -> None:
         subprocess.run(["shellcheck", "--exclude=SC2016,SC1091,SC1090", str(path)], check=True)
 
 
-def run_script(
-    folder: Path, config: SlurmConfig, command: list[str], node: int
-) -> tuple[list[str], dict[str, str]]:
+def run_script(folder: Path, config: SlurmConfig, command: list[str], node: int) -> tuple[list[str], dict[str, str]]:
     """The launcher's arguments and environment on `node`; srun, scontrol and python are stand-ins."""
     programs = {
         "scontrol": '[[ $2 == hostnames ]] && seq -f gpu%g 3 || echo "NodeName=$4 NodeAddr=10.0.0.7 Port=1"',
@@ -114,9 +112,7 @@ def test_what_reaches_the_launcher(tmp_path: Path) -> None:
 
 
 def test_the_users_accelerate_file_and_threads_win(tmp_path: Path) -> None:
-    config = SlurmConfig(
-        accelerate_config="my file.yaml", environment={"OMP_NUM_THREADS": "3"}, cpus_per_task=8
-    )
+    config = SlurmConfig(accelerate_config="my file.yaml", environment={"OMP_NUM_THREADS": "3"}, cpus_per_task=8)
     seen, variables = run_script(tmp_path, config, ["x.py"], node=0)
     assert seen[4:6] == ["--config_file", "my file.yaml"]
     assert "--use_deepspeed" not in seen
