@@ -54,9 +54,11 @@ class Demo:
         return [f"{key}={value}" for key, value in (given | more).items()]
 
     def ledger(self, name: str) -> Path:
+        """Of the run `name`."""
         return self.folder / name / "ledger.jsonl"
 
     def events(self, name: str, event: str) -> list[dict[str, Any]]:
+        """Its records of one kind."""
         return [record for record in read(self.ledger(name)) if record["event"] == event]
 
 
