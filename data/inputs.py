@@ -74,7 +74,9 @@ def _walk(folder: Path, kind: str, out: Path) -> list[Path]:
     wanted = (*KINDS, *TEXT_SUFFIXES)
     found, others = [], set()
     for root, folders, names in os.walk(folder.resolve()):
-        folders[:] = [f for f in folders if not f.startswith((".", "__pycache__")) and (Path(root) / f).resolve() != out.resolve()]
+        folders[:] = [
+            f for f in folders if not f.startswith((".", "__pycache__")) and (Path(root) / f).resolve() != out.resolve()
+        ]
         for name in names:
             path = Path(root) / name
             if name.startswith("."):
