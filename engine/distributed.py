@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import socket
 import subprocess
@@ -98,11 +100,12 @@ def join_world(deepspeed_config: dict[str, Any]) -> World:
     # Named, because otherwise each rank on a CPU believes that it is alone.
     backend = "gloo" if use_cpu else "nccl"
     plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config)
-    accelerator = Accelerator(
-        deepspeed_plugin=plugin,
-        gradient_accumulation_steps=deepspeed_config["gradient_accumulation_steps"],
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints a line about each operator
+        accelerator = Accelerator(
+            deepspeed_plugin=plugin,
+            gradient_accumulation_steps=deepspeed_config["gradient_accumulation_steps"],
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
+        )
     # The plugin tells transformers to partition every model that it constructs from now on; millrace does that itself.
     from transformers.integrations import deepspeed as integration
 
