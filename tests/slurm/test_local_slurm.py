@@ -169,17 +169,16 @@ def test_sbatch_and_srun_on_two_nodes_equal_two_ranks_on_one_machine(cluster: Pa
         (folder / "text" / f"{number:02}.txt").write_text(words)
     prepare(PrepareConfig(inputs=["text"], out="corpus", vocab_size=300))
     (folder / "recipe.toml").write_text(textwrap.dedent(RECIPE))
-    config = SlurmConfig(nodes=2, processes_per_node=1, cpus_per_task=1, time="10")
-    command = ["-m", "millrace.pretrain", "recipe.toml", f"run.name={run.name}"]
-    job = submit(render(config, command, run), run)
-    assert job is not None
+    python = [sys.executable, "-m"]
+    asked = ["slurm.nodes=2", "slurm.processes_per_node=1", "slurm.cpus_per_task=1", "slurm.time=10:00"]
+    command = [*python, "millrace.launch", "submit", "recipe.toml", f"run.name={run.name}", *asked]
+    job = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout.strip()
     assert wait(job) == ("COMPLETED", 0), job_log(run, job)
     assert json.loads((run / "outcome.json").read_text())["code"] == 0
     began = next(e for e in read(run / "ledger.jsonl") if e["event"] == "start")
     assert (began["world"], began["zero_stage"]) == (2, 2)
     assert (run / "checkpoints" / "step-00000006" / "MANIFEST.json").exists()
     assert [number for number, _, _ in steps(run)] == [1, 2, 3, 4, 5, 6]
-    python = [sys.executable, "-m"]
     starts = {
         "srun": ["srun", "-N2", "--ntasks-per-node=1", *python, "millrace.pretrain", "recipe.toml"],
         "here": [*python, "millrace.launch", "pretrain", "recipe.toml", "run.processes=2"],
