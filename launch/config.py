@@ -7,11 +7,7 @@ from collections.abc import Sequence
 
 from millrace.core.config import explain, load_config, to_toml
 from millrace.core.registry import load
-
-_CLASSES = {
-    "pretrain": "millrace.pretrain.config:PretrainConfig",
-    "finetune": "millrace.finetune.config:FinetuneConfig",
-}
+from millrace.launch.train import CLASSES
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
         epilog="example: millrace config configs/tiny.toml optim.lr=1e-3 --toml > resolved.toml",
     )
     parser.add_argument("arguments", nargs="*", metavar="CONFIG.toml section.key=value")
-    parser.add_argument("--for", dest="command", choices=sorted(_CLASSES), default="pretrain")
+    parser.add_argument("--for", dest="command", choices=sorted(CLASSES), default="pretrain")
     parser.add_argument("--toml", action="store_true", help="plain TOML, without the meanings")
     parser.add_argument("--world", type=int, help="also check the configuration for this number of ranks")
     options = parser.parse_intermixed_args(list(argv))
@@ -30,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     overrides = [a for a in options.arguments if "=" in a]
     if len(files) > 1:
         parser.error(f"give one configuration file, not {', '.join(files)}")
-    config = load_config(load(_CLASSES[options.command]), files[0] if files else None, overrides)
+    config = load_config(load(CLASSES[options.command]), files[0] if files else None, overrides)
     if options.world:
         from millrace.data.loader import check_batch
 

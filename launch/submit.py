@@ -9,14 +9,10 @@ from pathlib import Path
 from millrace.core.config import load_config
 from millrace.core.errors import UserError
 from millrace.core.registry import load
+from millrace.launch.train import CLASSES
 from millrace.slurm.config import SlurmConfig
 from millrace.slurm.render import render
 from millrace.slurm.submit import submit
-
-_CLASSES = {
-    "pretrain": "millrace.pretrain.config:PretrainConfig",
-    "finetune": "millrace.finetune.config:FinetuneConfig",
-}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("arguments", nargs="+", metavar="CONFIG.toml section.key=value")
     parser.add_argument("--site", metavar="FILE.toml", help="keys of SlurmConfig that your cluster needs")
-    parser.add_argument("--for", dest="command", choices=sorted(_CLASSES), default="pretrain")
+    parser.add_argument("--for", dest="command", choices=sorted(CLASSES), default="pretrain")
     parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
     options = parser.parse_intermixed_args(list(argv))
     mine = [a.removeprefix("slurm.") for a in options.arguments if a.startswith("slurm.")]
@@ -38,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     files = [a for a in passed_on if "=" not in a]
     if len(files) != 1:
         raise UserError(f"give one configuration file, not {', '.join(files) or 'none'}")
-    config = load_config(load(_CLASSES[options.command]), files[0], [a for a in passed_on if "=" in a])
+    config = load_config(load(CLASSES[options.command]), files[0], [a for a in passed_on if "=" in a])
     run_dir = Path(config.run.dir) / config.run.name
     command = ["-m", f"millrace.{options.command}", *passed_on]
     job = submit(render(load_config(SlurmConfig, options.site, mine), command, run_dir), run_dir, options.dry_run)

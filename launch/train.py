@@ -11,6 +11,12 @@ from millrace.core.registry import load
 from millrace.launch.local import run_ranks
 from millrace.pretrain.main import split_arguments
 
+# command -> its configuration
+CLASSES = {
+    "pretrain": "millrace.pretrain.config:PretrainConfig",
+    "finetune": "millrace.finetune.config:FinetuneConfig",
+}
+
 _USAGE = """usage: millrace {name} CONFIG.toml [section.key=value …] [--debug]
 
 {what}
@@ -27,16 +33,16 @@ example: {example}
 def pretrain(argv: Sequence[str]) -> int:
     """`millrace pretrain`."""
     what = "Train a model on a prepared stream."
-    return _start("pretrain", "millrace.pretrain.config:PretrainConfig", what, list(argv))
+    return _start("pretrain", what, list(argv))
 
 
 def finetune(argv: Sequence[str]) -> int:
     """`millrace finetune`."""
     what = "Fine-tune a checkpoint (ours, or a Hugging Face folder): instruction tuning, LoRA, classification."
-    return _start("finetune", "millrace.finetune.config:FinetuneConfig", what, list(argv))
+    return _start("finetune", what, list(argv))
 
 
-def _start(name: str, config_class: str, what: str, argv: list[str]) -> int:
+def _start(name: str, what: str, argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         from millrace.launch.cli import COMMANDS
 
@@ -44,7 +50,7 @@ def _start(name: str, config_class: str, what: str, argv: list[str]) -> int:
         return 0 if argv else 2
     path, overrides, _ = split_arguments(argv)
     # Read it here first: a mistake is told once, at once, without starting ranks.
-    config: Any = load_config(load(config_class), path, overrides)
+    config: Any = load_config(load(CLASSES[name]), path, overrides)
     processes = config.run.processes or _devices()
     return run_ranks(f"millrace.{name}", argv, processes)
 

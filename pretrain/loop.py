@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,7 +169,7 @@ def _evaluate(parts: Parts, point: Point, progress: Progress) -> None:
         parts.tracker.log("sample", step=point.step, prompt=prompt, text=text)
 
 
-def _save(parts: Parts, point: Point) -> Path:
+def _save(parts: Parts, point: Point) -> None:
     """Write a checkpoint on every rank, then remove old ones."""
     began = time.perf_counter()
     trainer = {
@@ -185,7 +184,6 @@ def _save(parts: Parts, point: Point) -> Path:
     if engine.world.main:
         prune(folder, parts.config.checkpoint.keep)
     parts.tracker.log("checkpoint", step=point.step, seconds=time.perf_counter() - began, bytes=size)
-    return folder
 
 
 def _end(parts: Parts, point: Point, code: int, why: str) -> int:
