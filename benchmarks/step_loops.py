@@ -18,7 +18,6 @@ from step_model import CLIP, LENGTH, LR, ROWS
 DEVICE = (
     torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 )
-PRECISION = "bf16" if DEVICE.type == "cuda" else "fp32"
 
 
 def measure(job: dict[str, Any]) -> None:
@@ -28,9 +27,9 @@ def measure(job: dict[str, Any]) -> None:
     from millrace.models.counts import flops_per_token
 
     torch.manual_seed(0)
-    matmul = measure_matmul(DEVICE, torch.bfloat16 if PRECISION == "bf16" else torch.float32, seconds=1.0)
+    matmul = measure_matmul(DEVICE, torch.bfloat16 if job["precision"] == "bf16" else torch.float32, seconds=1.0)
     loop: Callable[[dict[str, Any]], tuple[list[float], float]] = globals()[f"_{job['loop']}"]
-    profiler = _profiled() if job["profile"] else contextlib.nullcontext({})
+    profiler = _profiled(job) if job["profile"] else contextlib.nullcontext({})
     with profiler as found:
         times, loss = loop(job)
     timed = times[job["warmup"] :]
@@ -57,8 +56,9 @@ def _millrace(job: dict[str, Any]) -> tuple[list[float], float]:
         "run.dir": job["folder"], "run.name": name, "data.manifest": job["manifest"],
         "data.sequence_length": LENGTH, "train.batch": ROWS, "train.micro_batch": ROWS // job["ranks"],
         "train.duration": f"{job['warmup'] + job['steps'] + 1} steps", "engine.zero_stage": job["stage"],
-        "engine.precision": PRECISION, "engine.compile": json.dumps(job["compile"]), "optim.lr": LR, "optim.clip": CLIP,
-        "schedule.warmup": "1 steps", "checkpoint.every": "100000 steps", "eval.every": "100000 steps",
+        "engine.precision": job["precision"], "engine.compile": json.dumps(job["compile"]),
+        "optim.lr": LR, "optim.clip": CLIP, "schedule.warmup": "1 steps",
+        "checkpoint.every": "100000 steps", "eval.every": "100000 steps",
     }  # fmt: skip
     sizes = [f"model.config.{key}={json.dumps(value)}" for key, value in step_model.SIZES.items()]
     pretrain(load_config(PretrainConfig, None, [*(f"{k}={v}" for k, v in overrides.items()), *sizes]))
@@ -74,7 +74,7 @@ def _bare(job: dict[str, Any]) -> tuple[list[float], float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def loss_of(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=PRECISION == "bf16"):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=job["precision"] == "bf16"):
             logits = model(input_ids=ids, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
@@ -102,7 +102,7 @@ def _trainer(job: dict[str, Any]) -> tuple[list[float], float]:
     arguments = TrainingArguments(
         output_dir=job["folder"], max_steps=job["warmup"] + job["steps"] + 1, learning_rate=LR, max_grad_norm=CLIP,
         per_device_train_batch_size=ROWS // job["ranks"], lr_scheduler_type="constant", optim="adamw_torch_fused",
-        adam_beta2=0.95, weight_decay=0.1, bf16=PRECISION == "bf16", torch_compile=job["compile"], report_to=[],
+        adam_beta2=0.95, weight_decay=0.1, bf16=job["precision"] == "bf16", torch_compile=job["compile"], report_to=[],
         save_strategy="no", logging_steps=1, disable_tqdm=True, deepspeed=_deepspeed(job), ddp_backend=None,
         use_cpu="stage" not in job and DEVICE.type == "cpu",
     )  # fmt: skip
@@ -126,14 +126,15 @@ def _deepspeed(job: dict[str, Any]) -> dict[str, Any] | None:
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if DEVICE.type == "cuda" else "cpu")
     settings = EngineConfig(zero_stage=job["stage"])
-    made = deepspeed_config(settings, PRECISION, micro_batch=ROWS // job["ranks"], accumulation=1, clip=CLIP)
+    made = deepspeed_config(settings, job["precision"], micro_batch=ROWS // job["ranks"], accumulation=1, clip=CLIP)
     return {**made, "gradient_clipping": CLIP}
 
 
 @contextlib.contextmanager
-def _profiled() -> Iterator[dict[str, str]]:
-    """Profile the block (start-up included) and name the engine's parts in it."""
-    from torch.profiler import ProfilerActivity, profile, record_function
+def _profiled(job: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """Profile the timed steps of the block and name the engine's parts in them."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+    from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
     from millrace.engine.engine import Engine
 
@@ -147,8 +148,11 @@ def _profiled() -> Iterator[dict[str, str]]:
         setattr(Engine, part, named)
     found: dict[str, str] = {}
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE.type == "cuda")
-    with profile(activities=activities) as seen:
+    timed = schedule(wait=0, warmup=job["warmup"], active=job["steps"], repeat=1)
+    with profile(activities=activities, schedule=timed, acc_events=True) as seen:
+        hook = register_optimizer_step_post_hook(lambda *_: seen.step())  # every loop steps a torch optimiser
         yield found
+        hook.remove()
     events = seen.key_averages()
     by = "self_cuda_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
     found["profile"] = events.table(sort_by=by, row_limit=30, max_name_column_width=60)

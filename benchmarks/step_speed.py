@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=3, help="steps that are not timed")
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of all arms")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the arms")
     parser.add_argument("--profile", metavar="ARM", help="say where the time of one arm goes, instead")
     parser.add_argument("--list", action="store_true", help="print the names of the arms")
@@ -63,6 +64,8 @@ def main() -> None:
 def _run(options: argparse.Namespace) -> None:
     import step_model
 
+    from millrace.engine.precision import choose_precision
+
     patterns = [options.profile] if options.profile else options.arms
     chosen = {name: arm for name, arm in arms().items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
     if not chosen:
@@ -71,7 +74,10 @@ def _run(options: argparse.Namespace) -> None:
     environment = common.environment()
     with tempfile.TemporaryDirectory() as folder:
         manifest = step_model.write_manifest(Path(folder), rows=256)
-        fixed = {"manifest": str(manifest), "folder": folder, "warmup": options.warmup, "steps": options.steps}
+        fixed = {
+            "manifest": str(manifest), "folder": folder, "warmup": options.warmup, "steps": options.steps,
+            "precision": choose_precision(options.precision),
+        }  # fmt: skip
         jobs = {name: {**arm, **fixed, "profile": bool(options.profile)} for name, arm in chosen.items()}
         if options.profile:
             found = fresh(__file__, jobs[options.profile], jobs[options.profile]["ranks"])

@@ -12,8 +12,10 @@ B rows, H heads, T positions, D head width.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -89,15 +91,12 @@ def mask_of(starts_B11T: torch.Tensor, window: int | None = None) -> torch.Tenso
 
 def _spans(starts_B11T: torch.Tensor) -> list[tuple[int, int, int]]:
     """(row, start, end) of every document."""
+    table_BT = starts_B11T[:, 0, 0].numpy()  # called twice a layer, so never position by position
+    begins_BT = table_BT == np.arange(table_BT.shape[1])
     spans = []
-    for row, starts in enumerate(starts_B11T[:, 0, 0].tolist()):
-        at = 0
-        while at < len(starts) and starts[at] != PADDING:
-            end = at + 1
-            while end < len(starts) and starts[end] == at:
-                end += 1
-            spans.append((row, at, end))
-            at = end
+    for row, used in enumerate((table_BT != PADDING).sum(1).tolist()):
+        begins = np.flatnonzero(begins_BT[row]).tolist()
+        spans += [(row, start, end) for start, end in itertools.pairwise([*begins, used])]
     return spans
 
 

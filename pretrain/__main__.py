@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from millrace.core.process import run_process
 from millrace.pretrain.config import PretrainConfig
 from millrace.pretrain.main import main_rank
 
@@ -16,4 +17,4 @@ def _run(config: PretrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main_rank(PretrainConfig, _run, sys.argv[1:]))
+    run_process(lambda: main_rank(PretrainConfig, _run, sys.argv[1:]))

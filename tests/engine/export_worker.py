@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 from millrace.core.config import load_config
+from millrace.core.process import run_process
 from millrace.engine.checkpoint.write import save_checkpoint
 from millrace.engine.distributed import join_world, leave_world, world_size
 from millrace.engine.zero import deepspeed_config
@@ -50,12 +51,13 @@ def run(config_path: str, scenario: dict[str, Any]) -> None:
     world.barrier()
 
 
-def main() -> None:
+def main() -> int:
     job = json.loads(Path(sys.argv[1]).read_text())
     for scenario in job["scenarios"]:
         run(job["config"], scenario)
     leave_world()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

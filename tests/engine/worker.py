@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from millrace.core.config import load_config
+from millrace.core.process import run_process
 from millrace.data.state import LoaderState
 from millrace.engine.checkpoint.read import digest, load_checkpoint, open_verified
 from millrace.engine.checkpoint.write import save_checkpoint
@@ -78,12 +79,13 @@ def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str
     return {**figures, "gradient": gradient, "after": digest(engine.adapter, world)}
 
 
-def main() -> None:
+def main() -> int:
     job = json.loads(Path(sys.argv[1]).read_text())
     results = [run(job["config"], scenario) for scenario in job["scenarios"]]
     print("RESULT " + json.dumps(results), flush=True)
     leave_world()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

@@ -13,12 +13,13 @@ from accelerate.state import AcceleratorState
 
 from millrace.core.config import load_config
 from millrace.core.errors import UserError
+from millrace.core.process import run_process
 from millrace.engine.distributed import leave_world
 from millrace.finetune import run
 from millrace.finetune.config import FinetuneConfig
 
 
-def main(path: str, out: str) -> None:
+def main(path: str, out: str) -> int:
     run.leave_world = lambda: None  # one process group for all: DeepSpeed does not survive a second one
     refused = {}
     for overrides in json.loads(Path(path).read_text()):
@@ -31,7 +32,8 @@ def main(path: str, out: str) -> None:
             refused[config.run.name] = str(error)
     Path(out).write_text(json.dumps(refused))
     leave_world()
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_process(lambda: main(*sys.argv[1:]))
