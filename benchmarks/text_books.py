@@ -27,7 +27,7 @@ from millrace.data.prepare import PrepareConfig, prepare
 from millrace.launch.train import pretrain
 
 _VOCABULARY = 4096
-_SHOWN_MINUTES = 1.0  # between points of the printed curve
+_SHOWN_MINUTES = 2.0  # between points of the printed curve
 
 
 def main() -> None:

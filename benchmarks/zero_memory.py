@@ -19,6 +19,7 @@ import common
 from common import fresh, worker_result
 
 STAGES, RANKS = (0, 1, 2, 3), (1, 2, 4)
+_PHASES = ("build", "forward", "backward", "step")
 _LENGTH, _VOCABULARY, _STEPS = 64, 8192, 3
 
 
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=list(STAGES))
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -55,6 +57,7 @@ def main() -> None:
     for ranks in options.ranks:
         for stage in options.stages:
             job = {"stage": stage, "ranks": ranks, "width": options.width, "layers": options.layers}
+            job["precision"] = options.precision
             common.say(f"ZeRO {stage} on {ranks} rank(s)")
             found.append({**job, **fresh(__file__, job, ranks)})
     _report(found, environment)
@@ -78,20 +81,24 @@ def _measure(job: dict[str, Any]) -> None:
     overrides = [f"model.config.{key}={value}" for key, value in sizes.items()]
     overrides += [f"engine.zero_stage={job['stage']}", f"data.sequence_length={_LENGTH}", "train.micro_batch=1"]
     config = load_config(PretrainConfig, None, [*overrides, f"train.batch={job['ranks']}"])
-    precision = choose_precision("auto")
+    precision = choose_precision(job["precision"])
     settings = deepspeed_config(config.engine, precision, micro_batch=1, accumulation=1, clip=config.optim.clip)
     world = join_world(settings)
     _warm_up(world)
     memory = _Memory(world.device)
     engine, model = build_engine(config, world, settings, _VOCABULARY)
-    built = memory.peak()
+    memory.mark("build")
     for _ in range(_STEPS):
         loss, _ = engine.forward(_batch())
+        memory.mark("forward")
         engine.backward(loss, _LENGTH * job["ranks"], last=True)
+        memory.mark("backward")
         engine.step(1e-3)
-    peaks = world.gather_objects(memory.peak())
+        memory.mark("step")
+    ranks = world.gather_objects(memory.peaks)
+    largest = max(ranks, key=lambda peaks: max(peaks.values()))
     count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    worker_result(peak=max(peaks), peaks=peaks, built=built, end=memory.now(), parameters=count, precision=precision)
+    worker_result(peak=max(largest.values()), peaks=largest, end=memory.now(), parameters=count, precision=precision)
     leave_world()
 
 
@@ -117,14 +124,19 @@ class _Memory:
     """Bytes since construction: of the process on a CPU, of torch's allocator on a GPU."""
 
     def __init__(self, device: Any) -> None:
-        import torch
-
         self._gpu = device if device.type == "cuda" else None
+        self.peaks: dict[str, int] = {}  # by phase, the largest of all steps
+        self._reset()
+        self._before = self._read("VmRSS")
+
+    def _reset(self) -> None:
+        """Let the peak start again from here."""
         if self._gpu is not None:
+            import torch
+
             torch.cuda.reset_peak_memory_stats(self._gpu)
         elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        self._before = self._read("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
 
     def _read(self, key: str) -> int:
         if self._gpu is not None:
@@ -135,8 +147,10 @@ class _Memory:
         lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key + ":")))
 
-    def peak(self) -> int:
-        return self._read("VmHWM") - self._before
+    def mark(self, phase: str) -> None:
+        """End a phase: its peak is since the mark before."""
+        self.peaks[phase] = max(self.peaks.get(phase, 0), self._read("VmHWM") - self._before)
+        self._reset()
 
     def now(self) -> int:
         return self._read("VmRSS") - self._before
@@ -147,16 +161,16 @@ def _report(found: list[dict[str, Any]], environment: dict[str, Any]) -> None:
     for item in found:
         name = f"ZeRO {item['stage']}, {item['ranks']} rank(s)"
         if "error" in item:
-            rows.append((name, "failed", "", "", "", ""))
+            rows.append((name, "failed", *[""] * 6))
             common.warn(f"{name}: {item['error']}")
             continue
         parts = formula(item["parameters"], item["stage"], item["ranks"], item["precision"])
         item |= {"formula": parts, "formula_total": sum(parts.values())}
         total = item["formula_total"]
-        figures = (item["peak"], item["end"], total, item["peak"] - total)
+        figures = (total, *(item["peaks"][phase] for phase in _PHASES), item["end"])
         rows.append((name, *(f"{value / 2**20:,.0f}" for value in figures), f"{item['peak'] / item['parameters']:.1f}"))
     path = common.save("zero_memory", {"environment": environment, "measurements": found})
-    columns = ["MiB of the largest rank", "peak", "after the last step", "formula", "difference", "bytes per parameter"]
+    columns = ["MiB of the largest rank", "formula", *_PHASES, "at the end", "peak, bytes per parameter"]
     common.report("Peak memory of one rank", columns, rows, path)
 
 

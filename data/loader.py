@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -18,7 +18,7 @@ from millrace.core.errors import UserError
 from millrace.data.batch import IGNORED, MicroBatch, StepBatch, collate, spans_sha, to_spans
 from millrace.data.config import DataConfig
 from millrace.data.manifest import Manifest, manifest_folder
-from millrace.data.order import Order, Sequential
+from millrace.data.order import Order
 from millrace.data.reader import Documents
 from millrace.data.state import LoaderState, Stage
 from millrace.data.stream import Deal, Layout, Planner, RowStream, window_samples
@@ -34,6 +34,8 @@ __all__ = [
     "spans_sha",
     "stored_tokenizer",
 ]
+
+_HELDOUT_SEED = 0  # not the run's: runs of several seeds are judged by the same rows
 
 
 class Loader:
@@ -55,6 +57,17 @@ class Loader:
             self._queue = queue.Queue(maxsize=steps)
             self._thread = threading.Thread(target=self._produce, name="millrace-loader", daemon=True)
         return self
+
+    def exclude(self, bad: Mapping[int, str]) -> None:
+        """Keep the samples of `bad` (sample → why) out of all steps prepared from now on; their places stay empty.
+
+        With the quarantine entries of earlier starts, before the first step: recomputed steps are then the same, even
+        if a sample that could not be read can be read now.
+
+        Raises:
+            UserError: more bad samples than `data.max_bad_samples` allows.
+        """
+        self._documents.exclude(bad)
 
     def __iter__(self) -> Loader:
         return self
@@ -218,7 +231,9 @@ def heldout_manifest(config: DataConfig) -> str | None:
 def heldout_batches(
     config: DataConfig, micro_batch: int, rank: int, world: int, max_rows: int | None = None
 ) -> Iterator[tuple[MicroBatch, int]]:
-    """One pass over the held-out manifest in its own order: (micro-batch, bytes of text that it covers).
+    """One pass over the held-out manifest: (micro-batch, bytes of text that it covers).
+
+    The order is shuffled and always the same, so that a part of the pass is a fair sample of the text.
 
     Every rank gets the same number of micro-batches (the last are filled up with rows without targets). The
     bytes of a document that is cut into spans are shared out in proportion and sum to the document exactly;
@@ -232,14 +247,16 @@ def heldout_batches(
         raise UserError(f"{config.manifest} has no held-out part; set data.heldout, or prepare with heldout=0.05")
     manifest, tokenizer = _open(path, config.tokenizer or _tokenizer_of(config))
     documents = Documents(manifest, tokenizer, config.max_bad_samples)
-    layout = Layout(window_samples(manifest, config.window), config.sequence_length, config.pack, None)
-    planner = Planner(documents, Sequential(manifest.samples), layout)
+    window = window_samples(manifest, config.window)
+    layout = Layout(window, config.sequence_length, config.pack, _HELDOUT_SEED, once=True)
+    order = Order(manifest.block_sizes(), _HELDOUT_SEED, config.shuffle_blocks)
+    planner = Planner(documents, order, layout)
     stream = RowStream(planner, documents, Deal(micro_batch * world, micro_batch, rank, world))
-    window = packs_done = rows = 0
+    at = packs_done = rows = 0
     ended = False
     while not ended and (max_rows is None or rows < max_rows):
-        step = stream.step(window, packs_done)
-        window, packs_done, ended = step.window, step.packs_done, step.ended
+        step = stream.step(at, packs_done)
+        at, packs_done, ended = step.window, step.packs_done, step.ended
         rows += len(step.rows)
         if any(len(row) for row in step.rows):
             mine = stream.my_rows(step)[0]

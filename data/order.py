@@ -113,14 +113,3 @@ class Order:
         moved = begin + permute(positions - begin, plan.group_starts[group + 1] - begin, keys)
         block = np.searchsorted(plan.starts, moved, side="right") - 1
         return self._firsts[plan.order[block]] + moved - plan.starts[block]
-
-
-class Sequential:
-    """The manifest's own order, epoch after epoch (held-out evaluation)."""
-
-    def __init__(self, samples: int) -> None:
-        self.samples_per_epoch = samples
-
-    def samples(self, start: int, stop: int) -> np.ndarray:
-        """Sample ordinals at global positions [start, stop)."""
-        return np.arange(start, stop, dtype=np.int64) % self.samples_per_epoch

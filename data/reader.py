@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +119,7 @@ class Documents:
         taken: dict[int, np.ndarray | None] = {}
         for number, sample in enumerate(samples.tolist()):
             held = self._held[sample]
-            document = held.content
+            document = BadSample(self._bad[sample]) if sample in self._bad else held.content
             if isinstance(document, np.ndarray) and costs is not None and len(document) - 1 != costs[number]:
                 document = BadSample(f"has {len(document) - 2} tokens, the manifest says {costs[number] - 1}")
             if isinstance(document, BadSample):
@@ -133,6 +134,15 @@ class Documents:
         """Quarantine entries {sample, shard, why} since the last call."""
         news, self._news = self._news, []
         return news
+
+    def exclude(self, bad: Mapping[int, str]) -> None:
+        """Use no sample of `bad` (sample → why) from now on, readable or not, and make no entry of it again.
+
+        Raises:
+            UserError: more bad samples than the budget allows.
+        """
+        self._bad |= bad
+        self._check_budget()
 
     def _tokenise(self, samples: list[int]) -> None:
         fresh = [self._held[s] for s in samples if not self._held[s].ready]
@@ -153,11 +163,17 @@ class Documents:
     def _quarantine(self, sample: int, why: str) -> None:
         if sample in self._bad:
             return
-        shard = str(self._manifest.shard_path(int(self._manifest.shard_of(np.array([sample]))[0])))
         self._bad[sample] = why
-        self._news.append({"sample": sample, "shard": shard, "why": why})
+        self._news.append({"sample": sample, "shard": self._shard(sample), "why": why})
+        self._check_budget()
+
+    def _check_budget(self) -> None:
         if len(self._bad) > self._budget:
+            sample, why = list(self._bad.items())[-1]
             raise UserError(
                 f"{len(self._bad)} samples could not be used, more than data.max_bad_samples = {self._budget}"
-                f" allows; last: sample {sample} of {shard}: {why}. Prepare data again, or raise it"
+                f" allows; last: sample {sample} of {self._shard(sample)}: {why}. Prepare data again, or raise it"
             )
+
+    def _shard(self, sample: int) -> str:
+        return str(self._manifest.shard_path(int(self._manifest.shard_of(np.array([sample]))[0])))

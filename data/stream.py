@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from millrace.data.manifest import Manifest
-from millrace.data.order import derive_key
+from millrace.data.order import Order, derive_key
 from millrace.data.packing import Packs, pack
 from millrace.data.reader import Documents
 
@@ -17,16 +16,6 @@ _ROWS = 3  # purpose of the key that permutes a window's rows
 
 # A planned span is (sample, start, end, cost, bytes): int64 arrays of shape (spans, 5).
 NO_SPANS = np.empty((0, 5), np.int64)
-
-
-class SampleOrder(Protocol):
-    """`millrace.data.order.Order` or `Sequential`."""
-
-    samples_per_epoch: int
-
-    def samples(self, start: int, stop: int) -> np.ndarray:
-        """Sample ordinals at global positions [start, stop)."""
-        ...
 
 
 def window_samples(manifest: Manifest, wanted: int) -> int:
@@ -53,18 +42,19 @@ class Window:
 
 @dataclass(frozen=True)
 class Layout:
-    """How windows are cut; `seed` permutes the rows of a window, None means one pass in plain order."""
+    """How windows are cut; `seed` permutes the rows of a window, `once` ends the stream after one pass."""
 
     window: int  # samples
     sequence_length: int
     pack: bool
-    seed: int | None
+    seed: int
+    once: bool = False
 
 
 class Planner:
     """Plans any window from its number alone; every rank makes the same plan."""
 
-    def __init__(self, documents: Documents, order: SampleOrder, layout: Layout) -> None:
+    def __init__(self, documents: Documents, order: Order, layout: Layout) -> None:
         self._manifest = documents.reader.manifest
         self._documents, self._order, self._layout = documents, order, layout
         self._planned: tuple[int, Window] | None = None
@@ -78,12 +68,12 @@ class Planner:
     def _plan(self, number: int) -> Window:
         layout, counted = self._layout, self._manifest.tokenizer is not None
         start, stop = number * layout.window, (number + 1) * layout.window
-        if layout.seed is None:
+        if layout.once:
             start, stop = min(start, self._manifest.samples), min(stop, self._manifest.samples)
         samples = self._order.samples(start, stop)
         entries = self._manifest.entries(samples)
         costs = entries.tokens if counted else self._measure(samples)
-        key = 0 if layout.seed is None else derive_key(layout.seed, number, _ROWS)
+        key = derive_key(layout.seed, number, _ROWS)
         packs = pack(costs, layout.sequence_length, layout.pack and counted, key)
         return Window(np.stack([samples, costs, entries.bytes], axis=1), packs)
 

@@ -74,7 +74,8 @@ def join_world(deepspeed_config: dict[str, Any]) -> World:
     variables and was merged into `deepspeed_config` by `millrace.engine.zero`.
 
     Raises:
-        UserError: the environment of the launcher is incomplete, or Accelerate was told to use another engine.
+        UserError: the environment of the launcher is incomplete, Accelerate was told to use another engine, or ranks
+            have different configurations.
     """
     _environment()
     _quiet_deepspeed()
@@ -113,7 +114,25 @@ def join_world(deepspeed_config: dict[str, Any]) -> World:
     size = dist.get_world_size()
     if size != int(os.environ["WORLD_SIZE"]):
         raise UserError(f"the launcher announced {os.environ['WORLD_SIZE']} ranks but {size} joined the group")
-    return World(dist.get_rank(), size, accelerator.device, accelerator)
+    world = World(dist.get_rank(), size, accelerator.device, accelerator)
+    check_alike(world, deepspeed_config)
+    return world
+
+
+def check_alike(world: World, settings: dict[str, Any]) -> None:
+    """Refuse ranks that would train differently, such as nodes whose hardware made "auto" another precision.
+
+    Raises:
+        UserError: on every rank.
+    """
+    everywhere = world.gather_objects(settings)
+    for rank, other in enumerate(everywhere):
+        differ = sorted(k for k in everywhere[0].keys() | other.keys() if everywhere[0].get(k) != other.get(k))
+        if differ:
+            raise UserError(
+                f"rank {rank} would train with another {', '.join(differ)} than rank 0; give every rank the same "
+                "configuration, and set engine.precision where the nodes' hardware differs"
+            )
 
 
 def leave_world() -> None:

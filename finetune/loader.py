@@ -14,7 +14,7 @@ import numpy as np
 from millrace.core.errors import UserError
 from millrace.data.batch import IGNORED, MicroBatch, StepBatch, to_spans
 from millrace.data.loader import check_batch
-from millrace.data.order import Order, Sequential, derive_key
+from millrace.data.order import Order, derive_key
 from millrace.data.packing import Packs, pack
 from millrace.data.state import LoaderState, Stage
 from millrace.data.stream import Deal, RowStream, Window
@@ -46,12 +46,13 @@ def split(examples: Sequence[Example], share: float) -> tuple[list[Example], lis
 
 @dataclass(frozen=True)
 class Layout:
-    """How examples become rows; `seed` shuffles, None means one pass in plain order."""
+    """How examples become rows; `seed` shuffles, `once` ends the stream after one pass."""
 
     length: int  # T of a packed row
     pack: bool
-    seed: int | None
+    seed: int
     per_example: bool = False  # one label for an example, not one for each token
+    once: bool = False
 
 
 class ExamplePlanner:
@@ -62,8 +63,7 @@ class ExamplePlanner:
         self._bytes = np.array([e.bytes for e in examples], np.int64)
         self._layout = layout
         self.size = min(WINDOW, len(examples))
-        shuffled = layout.seed is not None
-        self._order = Order([len(examples)], layout.seed or 0, 1) if shuffled else Sequential(len(examples))
+        self._order = Order([len(examples)], layout.seed, 1)
         self._planned: tuple[int, Window] | None = None
 
     def window(self, number: int) -> Window:
@@ -74,13 +74,12 @@ class ExamplePlanner:
 
     def _plan(self, number: int) -> Window:
         start, stop = number * self.size, (number + 1) * self.size
-        if self._layout.seed is None:
+        if self._layout.once:
             start, stop = min(start, len(self._costs)), min(stop, len(self._costs))
         samples = self._order.samples(start, stop)
         costs = self._costs[samples]
         if self._layout.pack:
-            key = 0 if self._layout.seed is None else derive_key(self._layout.seed, number, _ROWS)
-            packs = pack(costs, self._layout.length, key=key)
+            packs = pack(costs, self._layout.length, key=derive_key(self._layout.seed, number, _ROWS))
         else:
             each = np.arange(len(costs))
             packs = Packs(np.stack([each, 0 * each, costs], 1), np.arange(len(costs) + 1), self._layout.length)
@@ -148,7 +147,7 @@ class ExampleLoader:
 def heldout_batches(
     examples: Sequence[Example], layout: Layout, deal: Deal, *, pad: int, max_rows: int | None
 ) -> Iterator[tuple[MicroBatch, int]]:
-    """One pass in plain order: (micro-batch, bytes of its targets); as many on every rank.
+    """One pass, in an order that is always the same: (micro-batch, bytes of its targets); as many on every rank.
 
     `deal.batch_rows` is one micro-batch for each rank.
     """

@@ -219,8 +219,10 @@ def _heldout(
         return None
     size = config.train.micro_batch
     deal = Deal(size * world.size, size, world.rank, world.size)
-    plain, pad, rows = dataclasses.replace(layout, seed=None), _pad(prepared.tokenizer), config.eval.rows or None
-    return lambda: heldout_batches(prepared.heldout, plain, deal, pad=pad, max_rows=rows)
+    # Not the run's seed: runs of several seeds are judged by the same rows.
+    layout, pad = dataclasses.replace(layout, seed=0, once=True), _pad(prepared.tokenizer)
+    rows = config.eval.rows or None
+    return lambda: heldout_batches(prepared.heldout, layout, deal, pad=pad, max_rows=rows)
 
 
 def _targets(examples: list[Example]) -> int:

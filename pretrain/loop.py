@@ -149,9 +149,11 @@ def _data(batch: Any) -> dict[str, Any]:
 
 
 def _quarantine(parts: Parts, point: Point, found: list[dict[str, Any]]) -> None:
-    for entries in parts.engine.world.gather_objects(found):
-        for entry in entries:
-            parts.tracker.log("quarantine", step=point.step, **entry)
+    """Every rank's entries into the ledger, and to every rank: the budget is one, and nobody takes them later."""
+    entries = [entry for rank in parts.engine.world.gather_objects(found) for entry in rank]
+    for entry in entries:
+        parts.tracker.log("quarantine", step=point.step, **entry)
+    parts.loader.exclude({entry["sample"]: entry["why"] for entry in entries})
 
 
 def _evaluate(parts: Parts, point: Point, progress: Progress) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from millrace.core.config import to_dict, to_toml
 from millrace.core.console import say, warn
+from millrace.core.ledger import read
 from millrace.core.registry import lookup
 from millrace.core.rundir import RunDir, write_atomic
 from millrace.core.units import fmt_count
@@ -90,6 +91,7 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
             point=point,
             identity={"run_id": run_id},
         )
+        loader.exclude(world.on_main(lambda: _quarantined(rundir)))
         if found is not None:
             tracker.log("resume", step=point.step, **{"from": str(found.path)}, rejected=rejected)
         tracker.log("start", **_start_record(parts, model, (run_id, precision, steps), manifest))
@@ -100,6 +102,11 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
     if world.main:
         _report(rundir)
     return outcome
+
+
+def _quarantined(rundir: RunDir) -> dict[int, str]:
+    """Samples that earlier starts of this run could not use, and why."""
+    return {r["sample"]: r["why"] for r in read(rundir.ledger) if r["event"] == "quarantine"}
 
 
 def build_loader_at(config: PretrainConfig, world: World, state: LoaderState | None) -> Loader:

@@ -47,6 +47,19 @@ def test_rows_can_be_bounded(split: Path) -> None:
     assert len(list(heldout_batches(config, 2, 0, 1, max_rows=10**9))) == len(everything) > 4
 
 
+def test_a_bounded_pass_is_a_sample_of_the_whole_text_and_of_no_world(split: Path) -> None:
+    config = DataConfig(manifest=str(split), sequence_length=48)
+    count = Manifest.load(split / "heldout").samples
+
+    def spans(world: int) -> list[tuple[int, int, int]]:
+        ranks = [heldout_batches(config, 2, rank, world, max_rows=12) for rank in range(world)]
+        return sorted(tuple(span) for batches in ranks for b, _ in batches for row in b.spans for span in row)
+
+    assert spans(1) == spans(2) == spans(3)
+    thirds = {3 * sample // count for sample, _, _ in spans(1)}
+    assert thirds == {0, 1, 2}
+
+
 def test_another_manifest_can_be_held_out(split: Path, corpora: Any, tmp_path: Path) -> None:
     other = corpora.prepare_documents(tmp_path / "a", ["some text"], tokenizer=str(split / "tokenizer"))
     config = DataConfig(manifest=str(split), heldout=str(other))

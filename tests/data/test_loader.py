@@ -295,6 +295,28 @@ def test_a_bad_sample_becomes_padding_and_the_plan_stays(
         assert int(masked) == lost and (b.micro_batches[0].seq_lens == a.micro_batches[0].seq_lens)
 
 
+def test_an_excluded_sample_stays_out_although_it_can_be_read_again(
+    corpora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = corpora.make_documents(40)
+    corpus = corpora.prepare_documents(tmp_path, documents)
+    with monkeypatch.context() as spoilt:
+        spoil(spoilt, {documents[7]})
+        bad = steps(load(corpus, micro=6), 12)
+    again = load(corpus, micro=6)
+    again.exclude({7: "spoilt"})
+    for a, b in zip(bad, steps(again, 12), strict=True):
+        assert a.spans == b.spans and a.local_tokens == b.local_tokens and not b.quarantined
+        assert torch.equal(a.micro_batches[0].labels_BT, b.micro_batches[0].labels_BT)
+
+
+def test_excluded_samples_count_against_the_budget(corpus: Path) -> None:
+    loader = load(corpus, max_bad_samples=2)
+    loader.exclude({3: "spoilt", 4: "spoilt"})
+    with pytest.raises(UserError, match="3 samples could not be used, .*last: sample 9 of .*: gone"):
+        loader.exclude({9: "gone"})
+
+
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_too_many_bad_samples_stop_the_run(
     corpora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefetch: int

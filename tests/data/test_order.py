@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.data.order import Order, Sequential, derive_key, permute
+from millrace.data.order import Order, derive_key, permute
 
 SEEDS = st.integers(0, 2**64 - 1)
 
@@ -68,7 +68,3 @@ def test_known_values_never_change() -> None:
     known = [6, 5, 4, 9, 8, 7, 2, 3, 0, 1, 4, 1, 2, 6, 3, 7, 0, 5, 9, 8]
     assert Order([4, 4, 2], 1, 2).samples(0, 20).tolist() == known
     assert derive_key(1, 2, 3) == 15020427595393229491
-
-
-def test_sequential_repeats_the_plain_order() -> None:
-    assert Sequential(3).samples(1, 7).tolist() == [1, 2, 0, 1, 2, 0]

@@ -119,7 +119,7 @@ def test_rows_with_one_label_are_as_long_as_their_longest() -> None:
 @pytest.mark.parametrize("world", [1, 3])
 def test_heldout_is_one_pass_with_equal_counts(world: int) -> None:
     examples = make(25)
-    layout = Layout(LENGTH, True, None)
+    layout = Layout(LENGTH, True, 0, once=True)
     passes = [
         list(heldout_batches(examples, layout, Deal(2 * world, 2, rank, world), pad=0, max_rows=None))
         for rank in range(world)
@@ -145,7 +145,7 @@ def test_packed_examples_have_the_loss_that_they_have_alone(kind: str) -> None:
     objective = CausalLM(small_model(kind), InstructConfig())
 
     def losses(pack: bool) -> tuple[float, int]:
-        batches = heldout_batches(examples, Layout(LENGTH, pack, None), Deal(1, 1, 0, 1), pad=0, max_rows=None)
+        batches = heldout_batches(examples, Layout(LENGTH, pack, 0, once=True), Deal(1, 1, 0, 1), pad=0, max_rows=None)
         found = [objective(**objective.inputs(micro, torch.device("cpu")))[0].item() for micro, _ in batches]
         return sum(found), len(found)
 

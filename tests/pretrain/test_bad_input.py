@@ -47,7 +47,7 @@ def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def options(folder: Path, duration: str) -> list[str]:
     return [
         f"run.dir={folder}", "run.name=run", f"train.duration={duration}", "checkpoint.every=2 steps",
-        "checkpoint.keep=0", "engine.zero_stage=1", "schedule.kind=constant",
+        "checkpoint.keep=0", "engine.zero_stage=1", "schedule.kind=constant", "run.sample_ids=true",
     ]  # fmt: skip
 
 
@@ -89,6 +89,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     steps = [e for e in events if e["event"] == "step"]
     assert [s["step"] for s in steps] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
     assert [s["loss_hex"] for s in steps[4:6]] == [s["loss_hex"] for s in steps[6:8]], "recomputed to the bit"
+
+
+def test_quarantined_samples_stay_out_of_recomputed_steps(run: Path, config_file: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    before = next(e for e in read(run / "ledger.jsonl") if e["event"] == "step" and e["step"] == 5)
+    sample = before["samples"][0][0]
+    lost = sum(end - start for other, start, end in before["samples"] if other == sample)
+    entry = {"event": "quarantine", "time": 0.0, "step": 5, "sample": sample, "shard": "documents", "why": "spoilt"}
+    with open(run / "ledger.jsonl", "a") as ledger:
+        ledger.write(json.dumps(entry) + "\n")
+    done = pretrain(str(config_file), *options(run.parent, "6 steps"))
+    assert done.returncode == 0, done.stderr
+    events = read(run / "ledger.jsonl")
+    after = [e for e in events if e["event"] == "step" and e["step"] == 5][-1]
+    assert lost > 0 and after["tokens"] == before["tokens"] - lost
+    assert after["samples"] == before["samples"], "the plan is the same"
+    assert sum(e["event"] == "quarantine" for e in events) == 1, "an entry is made once"
 
 
 def test_when_no_checkpoint_verifies_the_run_does_not_start_over(run: Path, config_file: Path) -> None:
