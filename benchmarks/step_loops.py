@@ -28,18 +28,19 @@ def measure(job: dict[str, Any]) -> None:
 
     torch.manual_seed(0)
     matmul = measure_matmul(DEVICE, torch.bfloat16 if job["precision"] == "bf16" else torch.float32, seconds=1.0)
+    # Counted first: at stage 3 the Trainer tells transformers to partition whatever is built after it.
+    flops = flops_per_token(hf_config(step_model.model_config(), step_model.VOCABULARY, LENGTH), LENGTH)
     loop: Callable[[dict[str, Any]], tuple[list[float], float]] = globals()[f"_{job['loop']}"]
     profiler = _profiled(job) if job["profile"] else contextlib.nullcontext({})
     with profiler as found:
         times, loss = loop(job)
     timed = times[job["warmup"] :]
     seconds = (timed[-1] - timed[0]) / (len(timed) - 1)
-    config = hf_config(step_model.model_config(), step_model.VOCABULARY, LENGTH)
     worker_result(
         tokens_per_s=ROWS * LENGTH / seconds,
         step_seconds=[after - before for before, after in zip(timed, timed[1:], strict=False)],
         matmul_flops=matmul * job["ranks"],
-        flops_per_token=flops_per_token(config, LENGTH),
+        flops_per_token=flops,
         last_loss=loss,
         **found,
     )
@@ -99,6 +100,8 @@ def _trainer(job: dict[str, Any]) -> tuple[list[float], float]:
 
     if "stage" in job or job["ranks"] > 1:
         dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
+    # Before the arguments, which tell transformers to partition whatever is built after them at stage 3.
+    model = step_model.plain_model()
     arguments = TrainingArguments(
         output_dir=job["folder"], max_steps=job["warmup"] + job["steps"] + 1, learning_rate=LR, max_grad_norm=CLIP,
         per_device_train_batch_size=ROWS // job["ranks"], lr_scheduler_type="constant", optim="adamw_torch_fused",
@@ -113,7 +116,7 @@ def _trainer(job: dict[str, Any]) -> tuple[list[float], float]:
             times.append(time.time())
 
     rows = [{"input_ids": i, "labels": i} for i in step_model.rows_of(Path(job["manifest"]))[0]]
-    trainer = Trainer(model=step_model.plain_model(), args=arguments, train_dataset=rows, callbacks=[Clock()])  # type: ignore[arg-type]
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()])  # type: ignore[arg-type]
     trainer.train()
     return times, next(r["loss"] for r in reversed(trainer.state.log_history) if "loss" in r)
 
