@@ -15,7 +15,7 @@ help:
 	@echo "make constraints  write constraints.txt from what is installed"
 	@echo "make clean        remove what make made (not runs/)"
 
-demo: $(VENV)/stamp-run $(VENV)/stamp-ops
+demo: $(VENV)/stamp-run $(VENV)/stamp-comm
 	$(VENV)/bin/python -m millrace.launch.demo
 
 test: $(VENV)/stamp-dev $(VENV)/stamp-ops
@@ -47,7 +47,12 @@ $(VENV)/stamp-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/stamp-run
 
 # DeepSpeed's operators, compiled once for this environment; again when DeepSpeed or torch may have changed.
-$(VENV)/stamp-ops: constraints.txt | $(VENV)/stamp-run
+# The demo waits for the one that it uses only.
+$(VENV)/stamp-comm: constraints.txt | $(VENV)/stamp-run
+	$(VENV)/bin/python -m millrace.launch.build_ops ShareMemCommBuilder
+	touch $@
+
+$(VENV)/stamp-ops: $(VENV)/stamp-comm
 	$(VENV)/bin/python -m millrace.launch.build_ops
 	touch $@
 

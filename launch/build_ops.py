@@ -1,4 +1,4 @@
-"""Build DeepSpeed's operators into the virtual environment: `python -m millrace.launch.build_ops`.
+"""Build DeepSpeed's operators into the virtual environment: `python -m millrace.launch.build_ops [BUILDER …]`.
 
 `make` calls it once. Without it the first run would compile for a minute, in every rank's start.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 
@@ -48,12 +47,6 @@ def build(names: tuple[str, ...] = BUILDERS) -> list[str]:
     return ready
 
 
-def build_at_once(names: tuple[str, ...] = BUILDERS) -> int:
-    """Build each in a process of its own, for most of a build is one compiler on one core; an exit code."""
-    children = [subprocess.Popen([sys.executable, "-m", "millrace.launch.build_ops", name]) for name in names]
-    return max(child.wait() for child in children)
-
-
 def _accelerator() -> str:
     import torch
 
@@ -61,6 +54,4 @@ def _accelerator() -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        sys.exit(build_at_once())
-    build(tuple(sys.argv[1:]))
+    build(tuple(sys.argv[1:]) or BUILDERS)
