@@ -128,7 +128,7 @@ def fresh(script: str, job: Mapping[str, Any], ranks: int = 1, *, quiet: bool = 
             return dict(json.loads(out.read_text()))
         logs = [Path(folder) / f"{rank}.log" for rank in range(ranks)]
         said = next((p.read_text() for p, code in zip(logs, codes, strict=True) if code > 0 and p.exists()), "")
-        return {"error": f"exit codes {codes}: " + "\n".join(said.splitlines()[-12:])}
+        return {"error": f"exit codes {codes}: " + "\n".join(said.replace(f"{ROOT}/", "").splitlines()[-12:])}
 
 
 def _die_with_parent() -> None:
