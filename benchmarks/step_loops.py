@@ -135,7 +135,10 @@ def _deepspeed(job: dict[str, Any]) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _profiled(job: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """Profile the timed steps of the block and name the engine's parts in them."""
+    """Profile the timed steps of the block and name the engine's parts in them.
+
+    At ZeRO 2 and 3 half as many of each: there DeepSpeed steps the optimiser once for each group of parameters.
+    """
     from torch.optim.optimizer import register_optimizer_step_post_hook
     from torch.profiler import ProfilerActivity, profile, record_function, schedule
 

@@ -162,6 +162,20 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_event(path: str | Path, event: str) -> list[dict[str, Any]]:
+    """Records of one rare event, in order: other lines, of which there may be millions, are neither parsed nor kept.
+
+    Raises:
+        UserError: no such file.
+    """
+    try:
+        with open(path, "rb") as lines:
+            found = [_parse(line.rstrip(b"\n")) for line in lines if event.encode() in line]
+    except OSError as error:
+        raise UserError(f"cannot read the ledger {path}: {error.strerror}") from None
+    return [_restore(record) for record in found if record is not None and record["event"] == event]
+
+
 @dataclass(frozen=True)
 class Consumed:
     """What a run with restarts really trained on.

@@ -1,6 +1,6 @@
 """Build DeepSpeed's operators into the virtual environment: `python -m millrace.launch.build_ops [BUILDER …]`.
 
-`make` calls it once. Without it the first run would compile for a minute, in every rank's start.
+`make` calls it. Without it the first run would compile for a minute, in every rank's start.
 """
 
 from __future__ import annotations

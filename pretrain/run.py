@@ -10,7 +10,7 @@ from typing import Any
 
 from millrace.core.config import to_dict, to_toml
 from millrace.core.console import say, warn
-from millrace.core.ledger import read
+from millrace.core.ledger import read_event
 from millrace.core.registry import lookup
 from millrace.core.rundir import RunDir, write_atomic
 from millrace.core.units import fmt_count
@@ -106,7 +106,7 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
 
 def _quarantined(rundir: RunDir) -> dict[int, str]:
     """Samples that earlier starts of this run could not use, and why."""
-    return {r["sample"]: r["why"] for r in read(rundir.ledger) if r["event"] == "quarantine"}
+    return {r["sample"]: r["why"] for r in read_event(rundir.ledger, "quarantine")}
 
 
 def build_loader_at(config: PretrainConfig, world: World, state: LoaderState | None) -> Loader:

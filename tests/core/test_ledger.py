@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from millrace.core import ledger
 from millrace.core.errors import UserError
-from millrace.core.ledger import Ledger, consumed, effective, read
+from millrace.core.ledger import Ledger, consumed, effective, read, read_event
 
 
 def write(path: Path, *events: str) -> None:
@@ -260,3 +260,16 @@ def test_effective_keeps_several_records_of_one_step_and_drops_undone_ones() -> 
         {"event": "resume", "step": 2},
     ]
     assert effective(records, "sample") == sample[:2]
+
+
+def test_records_of_one_event_are_found_without_the_others(tmp_path: Path) -> None:
+    with_others = Ledger(tmp_path / "ledger.jsonl")
+    with_others.append("step", step=1, note="quarantine")
+    with_others.append("quarantine", sample=3, why="gone", value=float("inf"))
+    with_others.append("quarantine", sample=4, why="spoilt")
+    with_others.close()
+    with open(with_others.path, "ab") as file:
+        file.write(b'{"event":"quarantine","sam')
+    found = read_event(with_others.path, "quarantine")
+    assert [(r["sample"], r["why"]) for r in found] == [(3, "gone"), (4, "spoilt")]
+    assert found == [r for r in read(with_others.path) if r["event"] == "quarantine"]

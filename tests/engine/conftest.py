@@ -72,3 +72,9 @@ class Scenarios:
 @pytest.fixture(scope="session")
 def scenarios(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Scenarios:
     return Scenarios(config_file, tmp_path_factory.mktemp("jobs"))
+
+
+def close(a: list[str], b: list[str]) -> float:
+    """Largest relative difference of two lists of losses."""
+    pairs = [(float.fromhex(x), float.fromhex(y)) for x, y in zip(a, b, strict=True)]
+    return max(abs(x - y) / abs(x) for x, y in pairs)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.engine.conftest import close
+
 # name -> overrides; every optimiser wrapper of DeepSpeed that an AdamW run can get
 WAYS = {
     "zero0": ["engine.zero_stage=0"],
@@ -56,12 +58,6 @@ def continued(written: tuple[dict[str, Any], Path], scenarios: Any) -> dict[str,
         for name, o in WAYS.items()
     ]
     return scenarios(2, jobs, timeout=400)
-
-
-def close(a: list[str], b: list[str]) -> float:
-    """Largest relative difference of two lists of losses."""
-    pairs = [(float.fromhex(x), float.fromhex(y)) for x, y in zip(a, b, strict=True)]
-    return max(abs(x - y) / abs(x) for x, y in pairs)
 
 
 def test_the_wrappers_are_all_covered(written: Any) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.engine.conftest import close
+
 CHECKPOINTING = "engine.activation_checkpointing=true"
 COMPILE = "engine.compile=true"
 Z_LOSS = "objective.z_loss=1e-3"
@@ -13,12 +15,6 @@ Z_LOSS = "objective.z_loss=1e-3"
 
 def job(name: str, *overrides: str, stage: int = 0) -> dict[str, Any]:
     return {"name": name, "overrides": [f"engine.zero_stage={stage}", *overrides], "steps": 4}
-
-
-def close(a: list[str], b: list[str]) -> float:
-    """Largest relative difference of two lists of losses."""
-    pairs = [(float.fromhex(x), float.fromhex(y)) for x, y in zip(a, b, strict=True)]
-    return max(abs(x - y) / abs(x) for x, y in pairs)
 
 
 @pytest.fixture(scope="module")
