@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import json
 import os
 import platform
 import random
+import select
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from millrace.core.console import say, show_table, warn
+from millrace.core.console import show_table, warn
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,6 +46,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": cores(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "malloc_mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_"),
         "gpus": gpus(),
         "load_average_before": os.getloadavg()[0],
         "versions": versions,
@@ -82,53 +86,126 @@ def warn_if_busy() -> None:
         warn(f"the load average is {os.getloadavg()[0]:.1f} on {cores()} cores: timings will be too slow")
 
 
-def interleave(
-    arms: Mapping[str, Callable[[], dict[str, Any]]], rounds: int, seed: int = 0
-) -> dict[str, list[dict[str, Any]]]:
-    """Measure every arm once a round, in a new random order each round, so that a slow minute hits no arm alone."""
+def take_turns(arms: Mapping[str, Workers], turns: int, seed: int = 0) -> list[dict[str, float]]:
+    """Seconds of every arm in each of `turns` rounds, in a new random order each, so that a slow moment hits all alike.
+
+    All arms have asked for a turn; an arm that ends too early is missing from then on.
+    """
     order = random.Random(seed)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
-    for number in range(rounds):
-        names = list(arms)
-        order.shuffle(names)
-        for place, name in enumerate(names, 1):
-            say(f"round {number + 1}/{rounds}, {place}/{len(names)}: {name}")
-            result = arms[name]()
-            found[name].append(result)
-            if "error" in result:
-                warn(f"{name}: {result['error']}")
+    alive = list(arms)
+    found: list[dict[str, float]] = []
+    for _ in range(turns):
+        order.shuffle(alive)
+        seconds = {name: arms[name].turn() for name in alive}
+        found.append({name: took for name, took in seconds.items() if took is not None})
+        alive = [name for name in alive if name in found[-1]]
     return found
 
 
-def fresh(script: str, job: Mapping[str, Any], ranks: int = 1, *, quiet: bool = True) -> dict[str, Any]:
+def fresh(script: str, job: Mapping[str, Any], ranks: int = 1) -> dict[str, Any]:
     """Run `python SCRIPT --worker JOB` as `ranks` new processes; rank 0's result (see `worker_result`).
 
-    The cores are divided among the ranks. A failure is a result too, `{"error": last lines}`, so that one arm which a
-    library cannot do does not end a long benchmark.
+    A failure is a result too, `{"error": last lines}`, so that one arm which a library cannot do does not end a long
+    benchmark.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        children = []
-        for rank in range(ranks):
-            env = os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "BENCHMARK_RESULT": str(out),
-                "OMP_NUM_THREADS": str(max(1, cores() // ranks)), "TOKENIZERS_PARALLELISM": "false",
-            }  # fmt: skip
-            log = open(Path(folder) / f"{rank}.log", "w") if quiet else None  # noqa: SIM115 (lives as long as the child)
-            command = [sys.executable, script, "--worker", json.dumps(job)]
-            children.append(
-                subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT, preexec_fn=_die_with_parent)
-            )
-        codes = _wait_all(children)
-        if out.exists() and not any(codes):
-            return dict(json.loads(out.read_text()))
-        logs = [Path(folder) / f"{rank}.log" for rank in range(ranks)]
-        said = next((p.read_text() for p, code in zip(logs, codes, strict=True) if code > 0 and p.exists()), "")
+    with Workers(script, job, ranks) as workers:
+        return workers.result()
+
+
+class Workers:
+    """`python SCRIPT --worker JOB` as `ranks` new processes, among which the cores are divided.
+
+    They run freely until they call `Turns.next`; from then on they wait until `turn` lets them go on. Leaving the
+    block ends them.
+    """
+
+    def __init__(self, script: str, job: Mapping[str, Any], ranks: int) -> None:
+        self.ranks = ranks
+        self._folder = tempfile.TemporaryDirectory()
+        self._out = Path(self._folder.name) / "result.json"
+        self._logs = [Path(self._folder.name) / f"{rank}.log" for rank in range(ranks)]
+        done, self._done = os.pipe()
+        self._reports = os.fdopen(done)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._children = [self._start(script, job, rank, port) for rank in range(ranks)]
+        os.close(self._done)  # the children hold it: when they end, reading it ends
+
+    def _start(self, script: str, job: Mapping[str, Any], rank: int, port: int) -> subprocess.Popen[bytes]:
+        env = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "BENCHMARK_RESULT": str(self._out),
+            "BENCHMARK_TURNS": str(self._done), "OMP_NUM_THREADS": str(max(1, cores() // self.ranks)),
+            "TOKENIZERS_PARALLELISM": "false",
+        }  # fmt: skip
+        command = [sys.executable, script, "--worker", json.dumps(job)]
+        with open(self._logs[rank], "w") as log:
+            return subprocess.Popen(
+                command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=ROOT, pass_fds=[self._done],
+                preexec_fn=_die_with_parent,
+            )  # fmt: skip
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+            child.stdin.close()  # type: ignore[union-attr]
+        self._reports.close()
+        self._folder.cleanup()
+
+    def ready(self) -> float | None:
+        """Wait until rank 0 asks for its next turn; the seconds that it worked, None when a rank ended instead."""
+        while not select.select([self._reports], [], [], 1.0)[0]:
+            if any(child.poll() is not None for child in self._children):
+                return None
+        said = self._reports.readline()
+        return float(said) if said else None
+
+    def go(self) -> None:
+        """Let all ranks go on."""
+        for child in self._children:
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(b"g")  # type: ignore[union-attr]
+                child.stdin.flush()  # type: ignore[union-attr]
+
+    def turn(self) -> float | None:
+        """Let all ranks go on until rank 0 asks again; as `ready`."""
+        self.go()
+        return self.ready()
+
+    def result(self) -> dict[str, Any]:
+        """Wait for the end; rank 0's result, or `{"error": last lines}`."""
+        codes = _wait_all(self._children)
+        if self._out.exists() and not any(codes):
+            return dict(json.loads(self._out.read_text()))
+        said = next((p.read_text() for p, code in zip(self._logs, codes, strict=True) if code > 0), "")
         return {"error": f"exit codes {codes}: " + "\n".join(said.replace(f"{ROOT}/", "").splitlines()[-12:])}
+
+
+class Turns:
+    """In a worker: stops after every `steps` steps until the parent gives it the next turn."""
+
+    def __init__(self, warmup: int, steps: int) -> None:
+        self._left, self._steps, self._began = warmup, steps, time.perf_counter()
+
+    def step_done(self) -> None:
+        """Call after every step, on every rank."""
+        self._left -= 1
+        if self._left == 0:
+            self._left = self._steps
+            self._report(time.perf_counter() - self._began)
+            os.read(sys.stdin.fileno(), 1)
+            self._began = time.perf_counter()
+
+    def _report(self, seconds: float) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            os.write(int(os.environ["BENCHMARK_TURNS"]), f"{seconds}\n".encode())
 
 
 def _die_with_parent() -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import common
 from common import fresh, worker_result
 
+from millrace.core.console import say, warn
+
 STAGES, RANKS = (0, 1, 2, 3), (1, 2, 4)
 _PHASES = ("build", "forward", "backward", "step")
 _LENGTH, _VOCABULARY, _STEPS = 64, 8192, 3
@@ -58,7 +60,7 @@ def main() -> None:
         for stage in options.stages:
             job = {"stage": stage, "ranks": ranks, "width": options.width, "layers": options.layers}
             job["precision"] = options.precision
-            common.say(f"ZeRO {stage} on {ranks} rank(s)")
+            say(f"ZeRO {stage} on {ranks} rank(s)")
             found.append({**job, **fresh(__file__, job, ranks)})
     _report(found, environment)
 
@@ -162,7 +164,7 @@ def _report(found: list[dict[str, Any]], environment: dict[str, Any]) -> None:
         name = f"ZeRO {item['stage']}, {item['ranks']} rank(s)"
         if "error" in item:
             rows.append((name, "failed", *[""] * 6))
-            common.warn(f"{name}: {item['error']}")
+            warn(f"{name}: {item['error']}")
             continue
         parts = formula(item["parameters"], item["stage"], item["ranks"], item["precision"])
         item |= {"formula": parts, "formula_total": sum(parts.values())}

@@ -9,6 +9,7 @@ import torch
 
 from millrace.engine.checkpoint.slices import Adapter, PlainAdapter, adapter
 from millrace.engine.distributed import World
+from millrace.engine.zero import bucket_elements, fit_buckets
 
 
 class Engine:
@@ -20,12 +21,15 @@ class Engine:
     def __init__(self, world: World, objective: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
         self.world = world
         self.clip = clip
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in objective.parameters() if p.requires_grad)
+        fit_buckets(world.accelerator.state.deepspeed_plugin.deepspeed_config, trained)
         self.ds, _ = world.accelerator.prepare(objective, optimizer)
         self.objective = self.ds.module
         self.adapter: Adapter = adapter(self.ds)
-        if world.size == 1 and self.adapter.replicated:
-            # DeepSpeed would copy every gradient into buckets and back to reduce it with nobody: 4% of a step.
-            self.ds.enable_backward_allreduce = False
+        # Replicated gradients are reduced here: DeepSpeed takes one bucket for all of them, and copies them into it and
+        # back even to reduce them with nobody (4% of a step).
+        self._bucket = bucket_elements(trained)
+        self.ds.enable_backward_allreduce = not self.adapter.replicated
 
     def compile(self) -> None:
         """Compile the objective's forward."""
@@ -43,6 +47,8 @@ class Engine:
         """
         self.ds.set_gradient_accumulation_boundary(last)
         self.ds.backward(loss_sum * (self.world.size / tokens), scale_wrt_gas=False)
+        if last and self.adapter.replicated and self.world.size > 1:
+            self.ds.allreduce_gradients(self._bucket)
 
     def step(self, lr: float) -> float:
         """One optimiser step at learning rate `lr`; returns the global gradient norm before clipping."""

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from millrace.core.errors import UserError
 from millrace.engine.config import EngineConfig
 
@@ -27,7 +29,12 @@ def deepspeed_config(config: EngineConfig, precision: str, *, micro_batch: int, 
     Raises:
         UserError: the user's JSON cannot be read, or sets a key that millrace must set to another value.
     """
-    zero: dict[str, Any] = {"stage": config.zero_stage, "stage3_gather_16bit_weights_on_model_save": False}
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "stage3_gather_16bit_weights_on_model_save": False,
+        # Either way DeepSpeed all-reduces a bucket; "scatter" also copies it out and back in (3% of a step on a CPU).
+        "reduce_scatter": False,
+    }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload_params:
@@ -54,6 +61,35 @@ def deepspeed_config(config: EngineConfig, precision: str, *, micro_batch: int, 
         # Here DeepSpeed clips but keeps the norm to itself; millrace.engine.engine clips instead.
         merged["gradient_clipping"] = 0.0
     return merged
+
+
+def bucket_elements(parameters: int) -> int:
+    """Elements of a communication bucket for a model of so many trained parameters: a sixteenth of it.
+
+    DeepSpeed's 5e8 for every model is the upper bound: a small one would lie in a single bucket, a second copy of all
+    its gradients that also falls out of the caches. Below a million elements the latency of a call counts.
+    """
+    return min(max(parameters // 16, 1_000_000), 500_000_000)
+
+
+def fit_buckets(settings: dict[str, Any], parameters: int) -> None:
+    """Fill in the bucket sizes of `settings`, in place, where the user has set none."""
+    elements = bucket_elements(parameters)
+    for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
+        settings["zero_optimization"].setdefault(key, elements)
+
+
+def gather_by_block(model: nn.Module) -> None:
+    """Let ZeRO 3 gather and release the weights of a whole transformer block at once, as FSDP does, before `Engine`.
+
+    Hooks of every layer inside it would cost 8% of a step, and break a compiled graph at each of them. Only where all
+    weights are trained: DeepSpeed releases such a block too early where its input needs no gradient, as with adapters.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    blocks = getattr(model, "_no_split_modules", None) or ()
+    if all(p.requires_grad for p in model.parameters()):
+        set_z3_leaf_modules(model, list(blocks), raise_if_not_found=False)
 
 
 def _user_config(config: EngineConfig) -> tuple[dict[str, Any], str]:

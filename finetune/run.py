@@ -25,7 +25,7 @@ from millrace.engine.distributed import World, join_world, leave_world, world_si
 from millrace.engine.engine import Engine
 from millrace.engine.peak import peak_flops
 from millrace.engine.precision import choose_precision
-from millrace.engine.zero import deepspeed_config
+from millrace.engine.zero import deepspeed_config, gather_by_block
 from millrace.finetune import REGISTRY
 from millrace.finetune.config import FinetuneConfig, check, fingerprint
 from millrace.finetune.examples import Example, read_records
@@ -179,6 +179,8 @@ def build_engine(
     if config.engine.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     objective = prepared.task.objective(model)
+    if stage == 3:
+        gather_by_block(model)
     engine = Engine(world, objective, config.optim.build(objective), config.optim.clip)
     if config.engine.compile:
         engine.compile()

@@ -22,7 +22,7 @@ from millrace.engine.distributed import World, join_world, leave_world, world_si
 from millrace.engine.engine import Engine
 from millrace.engine.peak import peak_flops
 from millrace.engine.precision import choose_precision
-from millrace.engine.zero import deepspeed_config
+from millrace.engine.zero import deepspeed_config, gather_by_block
 from millrace.eval.generate import continue_text
 from millrace.eval.report import write_report
 from millrace.models.bridge import build_model, hf_config
@@ -130,6 +130,8 @@ def build_engine(config: PretrainConfig, world: World, settings: dict[str, Any],
     if config.engine.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     objective = lookup(OBJECTIVES, config.objective.kind, "objective")(model, config.objective)
+    if stage == 3:
+        gather_by_block(model)
     engine = Engine(world, objective, config.optim.build(objective), config.optim.clip)
     if config.engine.compile:
         engine.compile()

@@ -14,6 +14,7 @@ from millrace.models.packing import document_inputs
 
 ROWS = [[5, 20, 7], [1, 1, 12], []]
 LENGTH = 32
+WHOLE = [[LENGTH]] * 3  # every row is one document
 
 
 def heads(dtype: torch.dtype = torch.float64, keys: int = 4) -> list[torch.Tensor]:
@@ -22,8 +23,8 @@ def heads(dtype: torch.dtype = torch.float64, keys: int = 4) -> list[torch.Tenso
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
-def real() -> torch.Tensor:
-    return document_starts(ROWS, LENGTH)[:, 0, 0] != PADDING
+def real(rows: list[list[int]]) -> torch.Tensor:
+    return document_starts(rows, LENGTH)[:, 0, 0] != PADDING
 
 
 def test_table_of_starts() -> None:
@@ -42,12 +43,13 @@ def test_mask_against_its_definition() -> None:
             assert mask[q, k].item() == (same or q == k), (q, k)
 
 
+@pytest.mark.parametrize("rows", [ROWS, WHOLE], ids=["packed", "whole"])
 @pytest.mark.parametrize("window", [0, 4, 64])
-def test_values_and_gradients_equal_those_of_the_mask(window: int) -> None:
-    starts, (query, key, value) = document_starts(ROWS, LENGTH), heads()
+def test_values_and_gradients_equal_those_of_the_mask(window: int, rows: list[list[int]]) -> None:
+    starts, (query, key, value) = document_starts(rows, LENGTH), heads()
     out, lse = attend(query, key, value, starts, 0.3, window)
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_of(starts, window), scale=0.3)
-    keep = real()[:, None, :, None].expand_as(out)
+    keep = real(rows)[:, None, :, None].expand_as(out)
     torch.testing.assert_close(out[keep], expected[keep])
     assert (out[~keep] == 0).all() and lse.shape == (3, LENGTH, 4)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype) * keep
@@ -64,8 +66,9 @@ def test_gradient_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, starts, 0.5, 2)[0], inputs)
 
 
-def test_operator_keeps_the_rules_of_custom_operators() -> None:
-    arguments = (*heads(torch.float32), document_starts(ROWS, LENGTH), 0.25, 0)
+@pytest.mark.parametrize("rows", [ROWS, WHOLE], ids=["packed", "whole"])
+def test_operator_keeps_the_rules_of_custom_operators(rows: list[list[int]]) -> None:
+    arguments = (*heads(torch.float32), document_starts(rows, LENGTH), 0.25, 0)
     torch.library.opcheck(attend, arguments)
 
 
@@ -78,7 +81,7 @@ def test_grouped_heads_through_the_interface(dtype: torch.dtype) -> None:
     out, _ = documents_attention(module, query.float(), key.float(), value, starts, scaling=0.25)
     masked, _ = documents_attention(module, query, key, value, mask_of(starts), scaling=0.25)
     tolerance = {"atol": 1e-5, "rtol": 0} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
-    torch.testing.assert_close(out[real()], masked[real()], **tolerance)
+    torch.testing.assert_close(out[real(ROWS)], masked[real(ROWS)], **tolerance)
     assert out.dtype == dtype and out.shape == (3, LENGTH, 4, 16)
 
 
