@@ -64,12 +64,12 @@ def deepspeed_config(config: EngineConfig, precision: str, *, micro_batch: int, 
 
 
 def bucket_elements(parameters: int) -> int:
-    """Elements of a communication bucket for a model of so many trained parameters: a sixteenth of it.
+    """Elements of a communication bucket for a model of so many trained parameters: a quarter of them.
 
     DeepSpeed's 5e8 for every model is the upper bound: a small one would lie in a single bucket, a second copy of all
     its gradients that also falls out of the caches. Below a million elements the latency of a call counts.
     """
-    return min(max(parameters // 16, 1_000_000), 500_000_000)
+    return min(max(parameters // 4, 1_000_000), 500_000_000)
 
 
 def fit_buckets(settings: dict[str, Any], parameters: int) -> None:

@@ -10,9 +10,9 @@ from millrace.engine.zero import bucket_elements, deepspeed_config, fit_buckets,
 
 
 @pytest.mark.parametrize(
-    ("parameters", "elements"), [(10_000, 1_000_000), (160_000_000, 10_000_000), (70_000_000_000, 500_000_000)]
+    ("parameters", "elements"), [(10_000, 1_000_000), (160_000_000, 40_000_000), (70_000_000_000, 500_000_000)]
 )
-def test_buckets_are_a_sixteenth_of_the_model_between_bounds(parameters, elements):
+def test_buckets_are_a_quarter_of_the_model_between_bounds(parameters, elements):
     assert bucket_elements(parameters) == elements
 
 
@@ -21,7 +21,7 @@ def test_a_users_own_buckets_stay():
     settings["zero_optimization"]["reduce_bucket_size"] = 7
     fit_buckets(settings, 160_000_000)
     zero = settings["zero_optimization"]
-    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (7, 10_000_000)
+    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (7, 40_000_000)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2", "mixtral"])

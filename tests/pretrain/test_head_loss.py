@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from millrace.models.heads import LogitsTransform
-from millrace.pretrain.objectives.head_loss import LossHead
+from millrace.pretrain.objectives.head_loss import LossHead, _add_product
 
 N, D, V = 37, 16, 50
 
@@ -92,3 +92,13 @@ def test_compiled_equals_eager():
     got = torch.autograd.grad(loss_c, [hidden, head.weight])
     torch.testing.assert_close(loss_c, loss)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_product_is_added_in_place_and_follows_the_rules_of_operators():
+    torch.manual_seed(0)
+    into, left, right = torch.randn(3, 4), torch.randn(3, 5), torch.randn(5, 4)
+    torch.library.opcheck(_add_product, (into, left, right))
+    expected, address = into + left @ right, into.data_ptr()
+    _add_product(into, left, right)
+    torch.testing.assert_close(into, expected)
+    assert into.data_ptr() == address
