@@ -39,10 +39,12 @@ $(VENV)/bin/python:
 
 # What the demo and every command need. Torch is pinned by constraints.txt: any other would pull in another build.
 $(VENV)/stamp-run: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV): one to three minutes"
 	$(PIP) install --quiet -c constraints.txt -e '.[eval]'
 	touch $@
 
 $(VENV)/stamp-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV): one to three minutes"
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/stamp-run
 

@@ -158,8 +158,9 @@ def build(cls: type[T], tree: Mapping[str, Any], source: Source | None = None, p
     except UserError:
         raise
     except (ValueError, TypeError) as error:
-        where = source.place(prefix[:-1]) if prefix else source.path
-        raise UserError(f"[{prefix[:-1]}] in {where}: {error}") from None
+        if not prefix:
+            raise UserError(f"{source.path}: {error}") from None
+        raise UserError(f"[{prefix[:-1]}] in {source.place(prefix[:-1])}: {error}") from None
 
 
 def _value(hint: Any, spec: dataclasses.Field[Any], value: Any, where: tuple[Source, str]) -> Any:

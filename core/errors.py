@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 # Exit codes of a run, read by batch scripts (see docs/slurm.md).
 DONE = 0
@@ -13,6 +14,13 @@ STOP = 93
 
 class UserError(ValueError):
     """A mistake that the user can mend; the command line shows its message without a traceback."""
+
+
+def is_missing_path(name: str) -> bool:
+    """Whether `name`, of which there is no folder, was meant as a path rather than as a hub's OWNER/NAME."""
+    path = Path(name)
+    inside = path.parent != Path() and path.parent.is_dir()
+    return not path.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~")) or inside)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

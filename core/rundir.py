@@ -32,6 +32,14 @@ def fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+_NAMED = 4  # differences that a message names
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 class RunDir:
     """Paths of a run, and the claim that keeps two different runs out of one directory."""
 
@@ -48,7 +56,8 @@ class RunDir:
     def claim(self, fingerprint: dict[str, Any], min_free_bytes: int = 0) -> str:
         """Create the directory for a run with this `fingerprint`, or continue the same run; return its id.
 
-        The fingerprint holds what may not change between starts of one run (model, data, batch, seed).
+        The fingerprint holds what may not change between starts of one run (model, data, batch, seed). A run that
+        failed before it started (no ledger, no checkpoint) does not bind.
 
         Raises:
             UserError: the directory holds another run, cannot be written, or the disk is nearly full.
@@ -65,18 +74,29 @@ class RunDir:
             )
         if self.identity.exists():
             return self._continue(fingerprint)
-        if self.ledger.exists() or any(self.checkpoints.iterdir()):
+        if self.started:
             raise UserError(f"{self.path} holds files of an unknown run; set run.name to a new name")
+        return self._create(fingerprint)
+
+    def _create(self, fingerprint: dict[str, Any]) -> str:
         run_id = uuid.uuid4().hex[:12]
         write_atomic(self.identity, json.dumps({"format": 1, "id": run_id, "fingerprint": fingerprint}, indent=1))
         return run_id
+
+    @property
+    def started(self) -> bool:
+        """Whether a run has left anything here that could be lost."""
+        return self.ledger.exists() or any(self.checkpoints.iterdir())
 
     def _continue(self, fingerprint: dict[str, Any]) -> str:
         known = json.loads(self.identity.read_text())
         old, new = known["fingerprint"], json.loads(json.dumps(fingerprint))
         changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        if changed and not self.started:
+            return self._create(fingerprint)
         if changed:
-            what = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed)
+            named = [f"{k}: {_short(old.get(k))} there, {_short(new.get(k))} now" for k in changed[:_NAMED]]
+            what = "; ".join(named) + (f"; and {len(changed) - _NAMED} more" if len(changed) > _NAMED else "")
             raise UserError(
                 f"{self.path} already holds another run ({what}); set run.name to a new name, "
                 "or put these keys back to continue that run. Nothing was overwritten"

@@ -113,7 +113,9 @@ def _read(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if (folder / ".work").is_dir():
             raise UserError(f"{folder} is half prepared; run the same `millrace prepare` again to finish") from None
-        raise UserError(f"no manifest in {folder} (no {path}); write one with `millrace prepare`") from None
+        raise UserError(
+            f"no manifest in {folder} (no {path}); write one with `millrace prepare FILES --out {folder}`"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable manifest: {error}") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:

@@ -28,8 +28,6 @@ from millrace.data.reader import file_sha256
 from millrace.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from millrace.data.units import PARTS, UnitOptions, documents, make_units, run_unit, unit_key
 
-_OURS = ("index", "shards", "tokenizer", "heldout", "raw")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig:
@@ -156,24 +154,35 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def _claim(out: Path, options: dict[str, Any]) -> None:
-    """Take `out` for this preparation, or continue it."""
+    """Take `out` for this preparation, or continue it; where no unit is finished yet, other options start it anew."""
     path = out / ".work" / "options.json"
     if path.exists():
-        changed = _difference(json.loads(path.read_text()), options)
-        if changed:
-            raise UserError(
-                f"{out} is half prepared with other options ({changed}); finish with the old ones, name "
-                f"another folder, or delete {out}"
-            )
-        return
-    there = [name for name in _OURS if (out / name).exists()]
-    if there:
-        raise UserError(f"{out} holds '{there[0]}' that no `prepare` left here; name a new folder")
+        old = json.loads(path.read_text())
+        if old == options:
+            return
+        if not _only_skips(old, options):
+            if any(path.parent.glob("[0-9]*.json")):
+                raise UserError(
+                    f"{out} is half prepared with other options ({_difference(old, options)}); finish with the old "
+                    f"ones, name another folder, or delete {out}"
+                )
+            for begun in (out / "raw", path.parent):
+                shutil.rmtree(begun, ignore_errors=True)
+    else:
+        # Only a folder of its own: files of others beside a manifest would one day be taken for data.
+        there = sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) if out.is_dir() else []
+        if there:
+            raise UserError(f"{out} holds '{there[0]}' that no `prepare` left here; name a new folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(options))
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
+
+
+def _only_skips(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether bad documents are now skipped that stopped the work before: finished units have none."""
+    return old | {"on_bad": "skip"} == new
 
 
 def _files(config: PrepareConfig, out: Path, progress: Progress) -> list[InputFile]:

@@ -49,7 +49,7 @@ class UnitOptions:
 
     def key(self) -> dict[str, Any]:
         """Comparable form."""
-        names = ("text", "tokenize", "shard_size", "heldout", "heldout_by", "on_bad")
+        names = ("text", "tokenize", "shard_size", "heldout", "heldout_by")
         out = {name: getattr(self, name) for name in names}
         return out | {"tokenizer": self.tokenizer.sha256 if self.tokenizer else None}
 
@@ -102,7 +102,7 @@ def documents(unit: Sequence[InputFile], options: UnitOptions, bad: list[str]) -
                     if options.on_bad == "stop":
                         raise UserError(
                             f"{file.path}, document {ordinal}: {content.why}; mend the file, or leave such "
-                            "documents out with on_bad=skip"
+                            "documents out with --on-bad skip"
                         )
                     bad.append(f"{file.path}, document {ordinal}: {content.why}")
                     continue

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from millrace.core.errors import UserError
+from millrace.core.errors import UserError, did_you_mean, is_missing_path
 from millrace.data.tokenizer import Tokenizer, load_tokenizer
 from millrace.engine.precision import choose_precision
 from millrace.engine.trained import Trained
@@ -109,8 +109,11 @@ def _open_theirs(name: str) -> Opened:
             f"{name} is neither a run directory (checkpoints/), nor a checkpoint (MANIFEST.json), nor a Hugging Face "
             "folder (config.json)"
         )
-    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"no run directory, checkpoint or folder {name}; check the path")
+    if is_missing_path(name):
+        near = [str(p) for p in folder.parent.glob("*")]
+        raise UserError(
+            f"no run directory, checkpoint or folder {name}{did_you_mean(name, near) or '; check the path'}"
+        )
     if folder.is_file():
         raise UserError(f"{name} is a file; give its folder")
     tokenizer = load_tokenizer(name)

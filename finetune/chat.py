@@ -78,6 +78,28 @@ class Chat:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+class Question:
+    """What `continue_text` needs of a tokenizer, with one question put into the chat template."""
+
+    def __init__(self, chat: Chat, question: str) -> None:
+        self._ids = chat.prompt_ids([{"role": "user", "content": question}])
+        self._tokenizer = chat.tokenizer
+        self.bos_id, self.eos_id = self._ids[0], chat.tokenizer.eos_token_id
+
+    @property
+    def text(self) -> str:
+        """The question as the model sees it."""
+        return str(self._tokenizer.decode(self._ids))
+
+    def encode(self, _texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids without the first one, which `continue_text` puts in front."""
+        return [np.array(self._ids[1:])]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of an answer, without special tokens."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
 def fit_length(parts: list[tuple[list[int], bool]], length: int) -> tuple[np.ndarray, np.ndarray] | None:
     """(inputs (n,), aligned labels (n,)) of at most `length` positions, or None.
 

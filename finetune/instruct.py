@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from millrace.core.console import warn
 from millrace.core.errors import UserError
 from millrace.eval.generate import continue_text
-from millrace.finetune.chat import Chat, Message, fit_length
+from millrace.finetune.chat import Chat, Message, Question, fit_length
 from millrace.finetune.config import FinetuneConfig
 from millrace.finetune.examples import Example, Record, field, text_field
 from millrace.finetune.source import quietly, without_dropout
@@ -97,7 +96,7 @@ class Instruct(Task):
 
         def sample() -> list[tuple[str, str]]:
             texts = [
-                continue_text(model, _Asked(self.chat, p), [p], tokens=tokens, temperature=0, seed=seed)[0]
+                continue_text(model, Question(self.chat, p), [p], tokens=tokens, temperature=0, seed=seed)[0]
                 for p in prompts
             ]
             return list(zip(prompts, texts, strict=True))
@@ -112,18 +111,3 @@ class Instruct(Task):
 
 def _is_message(item: Any) -> bool:
     return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
-
-
-class _Asked:
-    """What `continue_text` needs of a tokenizer, with the question put into the chat template."""
-
-    def __init__(self, chat: Chat, question: str) -> None:
-        self._ids = chat.prompt_ids([{"role": "user", "content": question}])
-        self._tokenizer = chat.tokenizer
-        self.bos_id, self.eos_id = self._ids[0], chat.tokenizer.eos_token_id
-
-    def encode(self, _texts: list[str]) -> list[np.ndarray]:
-        return [np.array(self._ids[1:])]
-
-    def decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -159,10 +160,12 @@ def prepare(config: FinetuneConfig, world: World) -> Prepared:
 
 
 def _claim(config: FinetuneConfig, rundir: RunDir, examples: str, source: Source) -> tuple[str, str]:
-    run_id = rundir.claim(fingerprint(config, examples))
+    run_id, base = rundir.claim(fingerprint(config, examples)), rundir.path / "base"
+    if not rundir.started:
+        shutil.rmtree(base, ignore_errors=True)  # left by a start that failed, perhaps from another source
     remove_leftovers(rundir.checkpoints)
     rundir.outcome.unlink(missing_ok=True)
-    return run_id, pin(source, rundir.path / "base")
+    return run_id, pin(source, base)
 
 
 def build_engine(

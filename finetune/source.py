@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from millrace.core.errors import UserError, did_you_mean
+from millrace.core.errors import UserError, did_you_mean, is_missing_path
 from millrace.engine.checkpoint.read import list_checkpoints
 from millrace.engine.export import export
 
@@ -34,7 +34,7 @@ def find_source(name: str) -> Source:
     """
     path = Path(name)
     if not path.is_dir():
-        if name.count("/") > 1 or name.startswith((".", "/", "~")) or path.parent.is_dir() and path.parent != Path():
+        if is_missing_path(name):
             near = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
             raise UserError(f"source = '{name}': no such folder{did_you_mean(name, near)}")
         return Source(name, None, name, name)

@@ -24,7 +24,7 @@ COMMANDS = {
     ),
     "finetune": (
         "instruction tuning, LoRA or classification from a checkpoint",
-        "millrace finetune configs/finetune_instruct.toml source=runs/tiny",
+        "millrace finetune configs/finetune_instruct.toml source=runs/tiny data.train=qa.jsonl",
         "millrace.launch.train:finetune",
     ),
     "eval": (
@@ -71,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"error: unknown command '{name}'{did_you_mean(name, COMMANDS)}\n", file=sys.stderr)
-        print(_help(), file=sys.stderr)
+        print(
+            f"error: unknown command '{name}'{did_you_mean(name, COMMANDS) or '; see millrace --help'}", file=sys.stderr
+        )
         return 2
     debug = "--debug" in rest
     if debug:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from millrace.core.errors import UserError
+
+if TYPE_CHECKING:
+    from millrace.eval.subject import Subject
 
 
 def main(argv: Sequence[str]) -> int:
@@ -14,10 +18,14 @@ def main(argv: Sequence[str]) -> int:
         prog="millrace generate",
         description="Continue prompts with a run's newest good checkpoint, a step-N folder, or a Hugging Face folder "
         "or hub name.",
-        epilog="example: millrace generate runs/tiny --prompt 'Once upon a time' --tokens 100",
+        epilog="example: millrace generate runs/tiny --prompt 'Once upon a time' --tokens 100; "
+        "after instruction tuning: millrace generate runs/qa --chat --prompt 'What does os.walk do?'",
     )
     parser.add_argument("source", help="the model")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times (empty)")
+    parser.add_argument(
+        "--chat", action="store_true", help="prompts are questions: answer in the model's chat template"
+    )
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="at most (128); fewer where the text ends")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest (0.8)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (0)")
@@ -32,11 +40,29 @@ def main(argv: Sequence[str]) -> int:
 
     subject = open_subject(options.source, dtype=options.dtype)
     prompts = options.prompt or [""]
+    how = {"tokens": options.tokens, "temperature": options.temperature, "seed": options.seed}
+    if options.chat:
+        print("\n".join(_answers(options.source, subject, prompts, how)))
+        return 0
     subject.check_length(prompts, options.tokens)
-    texts = continue_text(
-        subject.model, subject.tokenizer, prompts,
-        tokens=options.tokens, temperature=options.temperature, seed=options.seed,
-    )  # fmt: skip
+    texts = continue_text(subject.model, subject.tokenizer, prompts, **how)
     for prompt, text in zip(prompts, texts, strict=True):
         print(prompt + text)
     return 0
+
+
+def _answers(source: str, subject: Subject, prompts: Sequence[str], how: dict[str, Any]) -> list[str]:
+    """The assistant's answer to each prompt as a conversation of its own."""
+    from millrace.eval.generate import continue_text
+    from millrace.finetune.chat import Chat, Question
+    from millrace.finetune.source import find_source, open_tokenizer
+
+    tokenizer = open_tokenizer(find_source(source).tokenizer)
+    if not tokenizer.chat_template:
+        raise UserError(f"{source} has no chat template, for it was not tuned on instructions; leave --chat out")
+    answers = []
+    for prompt in prompts:
+        question = Question(Chat(tokenizer), prompt)
+        subject.check_length([question.text], how["tokens"])
+        answers += continue_text(subject.model, question, [prompt], **how)
+    return [answer.strip() for answer in answers]

@@ -24,7 +24,7 @@ The run directory is run.dir/run.name; the same command continues it after any i
 
 example: {example}
 
-`millrace config` prints every key with its meaning. The same run starts from a launcher:
+`millrace config --for {name}` prints every key with its meaning. The same run starts from a launcher:
   torchrun --nproc_per_node 8 -m millrace.{name} CONFIG.toml …
   accelerate launch --config_file FILE -m millrace.{name} CONFIG.toml …
   srun python -m millrace.{name} CONFIG.toml …"""

@@ -58,7 +58,7 @@ class Chart:
     def legend(self) -> list[tuple[str, str]]:
         """(name, CSS colour) of the lines worth naming: all, or the first, middle and last of many."""
         named = [s for s in self.series if s.role != "faint"]
-        if len(named) > 4:
+        if len(named) > 8:
             named = [named[0], named[len(named) // 2], named[-1]]
         # A line that bears the title needs no second name.
         return [(s.name, _css(s.role)) for s in named if s.name != self.title]

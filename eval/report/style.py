@@ -44,7 +44,8 @@ max-height:26rem;overflow:auto}
 .sample div{display:grid;grid-template-columns:6.5rem 1fr;gap:0 1rem;padding:.8rem 1rem}
 .sample div+div{border-top:1px solid var(--line)}
 .sample b{color:var(--muted);font-size:.8rem;font-weight:500;padding-top:.2rem}
-.sample p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.92rem}
+.sample p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;
+font:.82rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 mark{background:var(--hl);color:inherit;border-radius:.2rem}
 .scroll{overflow:auto;background:var(--card);border:1px solid var(--line);border-radius:.7rem;
 max-height:26rem}

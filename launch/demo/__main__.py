@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         error(str(problem))
         return 1
     except KeyboardInterrupt:
-        error("the demo was interrupted; nothing is left running, the next call starts afresh")
+        error("the demo was interrupted; nothing is left running, and the next `make demo` starts a new one")
         return 130
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,6 +150,7 @@ def kill_show(demo: Demo) -> list[Row]:
     _run(train.pretrain, [config, *demo.ours("twin", **both)])
     arguments = [config, *demo.ours("killed", **both)]
     killed_at = twins.kill_in_the_middle(twins.pretrain_command(arguments), demo.ledger("killed"))
+    get_console().print()  # the killed display could not end its line
     say(f"killed all processes with SIGKILL after step {killed_at}; the same command again:")
     _run(train.pretrain, arguments)
     proof = twins.compare(demo.ledger("twin"), demo.ledger("killed"), killed_at)
@@ -156,7 +158,7 @@ def kill_show(demo: Demo) -> list[Row]:
         f"killed after step {proof.killed_at}, resumed from {proof.resumed_from}: {proof.steps} losses equal to the "
         f"last bit, {proof.samples} sample spans equal"
     )
-    say(said)
+    say(f"{said} (the ledgers hold every step; the display shows averages since a start)")
     return [("SIGKILL", said)]
 
 
@@ -202,7 +204,7 @@ def finetune(demo: Demo, made: Corpus, seconds: str | None) -> list[Row]:
         ("after", samples[-1]["text"]), ("the docstring says", asked["response"]),
     ):  # fmt: skip
         get_console().print(f"[bold]{label}[/]")
-        get_console().print(text.strip() or "(nothing)", markup=False, highlight=False)
+        get_console().print(re.sub(r"\n\s*\n", "\n", text.strip()) or "(nothing)", markup=False, highlight=False)
     held = demo.events("finetune", "eval")[-1]["loss"]
     return [
         ("LoRA", f"{fmt_count(start['trained'])} of {fmt_count(start['params'])} parameters, {len(steps)} steps, "

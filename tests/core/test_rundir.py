@@ -53,10 +53,32 @@ def test_another_run_is_refused_by_the_keys_that_differ_and_nothing_changes(tmp_
 def test_a_key_that_is_gone_or_new_is_a_difference(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "a")
     run.claim(FINGERPRINT)
+    run.ledger.write_text('{"event": "start"}\n')
     with pytest.raises(UserError, match="extra: None there, 1 now"):
         run.claim(FINGERPRINT | {"extra": 1})
     with pytest.raises(UserError, match="seed: 1 there, None now"):
         run.claim({k: v for k, v in FINGERPRINT.items() if k != "seed"})
+
+
+def test_a_run_that_never_started_does_not_bind(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "a")
+    first = run.claim(FINGERPRINT)
+    assert run.claim(FINGERPRINT) == first
+    other = run.claim(FINGERPRINT | {"seed": 2})
+    assert other != first
+    run.ledger.write_text('{"event": "start"}\n')
+    assert run.claim(FINGERPRINT | {"seed": 2}) == other
+    with pytest.raises(UserError, match="seed: 2 there, 1 now"):
+        run.claim(FINGERPRINT)
+
+
+def test_many_and_long_differences_are_cut(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "a")
+    run.claim(FINGERPRINT)
+    run.ledger.write_text('{"event": "start"}\n')
+    with pytest.raises(UserError) as caught:
+        run.claim(FINGERPRINT | {f"k{i}": "x" * 100 for i in range(6)})
+    assert "; and 2 more)" in str(caught.value) and len(str(caught.value)) < 700
 
 
 @pytest.mark.parametrize("left", ["ledger.jsonl", "checkpoints/step-00000001"])

@@ -87,7 +87,7 @@ def swap_index(corpus: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: shutil.rmtree(c), "no manifest in .*; write one with `millrace prepare`"),
+        (lambda c: shutil.rmtree(c), "no manifest in .*; write one with `millrace prepare FILES --out .*corpus`"),
         (lambda c: (c / "manifest.json").write_text("{"), "manifest.json is not a readable manifest"),
         (lambda c: (c / "manifest.json").write_text("{}"), "is not a millrace manifest"),
         (edit(version=2), "has version 2, this release reads 1"),

@@ -220,14 +220,50 @@ def test_inputs_that_change_before_the_end_are_prepared_again(
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
-def test_a_half_prepared_folder_refuses_other_options(shards: Path, tmp_path: Path) -> None:
-    def interrupt(what: str, count: int, total: int) -> None:
-        raise Stop
+def interrupt_after(units_done: int) -> Callable[[str, int, int], None]:
+    """A progress that interrupts when so many units (of one file each, with UNIT_BYTES = 1) are finished."""
+    seen: list[int] = []
 
+    def interrupt(what: str, count: int, total: int) -> None:
+        seen.extend([count] if what == "preparing" else [])
+        if len(seen) > 2 * units_done:
+            raise Stop
+
+    return interrupt
+
+
+def test_a_half_prepared_folder_refuses_other_options(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
     with pytest.raises(Stop):
-        run(tmp_path / "out", shards, progress=interrupt)
+        run(tmp_path / "out", shards, progress=interrupt_after(2))
     with pytest.raises(UserError, match="half prepared with other options .tokenize was False and is now True"):
         run(tmp_path / "out", shards, tokenize=True)
+
+
+def test_a_mistake_before_the_first_unit_does_not_bind(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="no input"):
+        run(out, tmp_path / "shard", vocab_size=400)
+    assert run(out, shards).train[0]["documents"] == 200
+    with pytest.raises(Stop):
+        run(tmp_path / "other", shards, vocab_size=400, progress=interrupt_after(0))
+    run(tmp_path / "other", shards)
+    assert files_of(tmp_path / "other") == files_of(out)  # not the tokenizer of the first options
+
+
+def test_bad_documents_may_be_skipped_in_what_they_stopped(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
+    last = sorted(shards.iterdir())[-1]
+    last.write_bytes(last.read_bytes().replace(b"fox", b"f\xffx", 1))
+    options = {"tokenizer": str(Path(run(tmp_path / "first", sorted(shards.iterdir())[0]).tokenizer or ""))}
+    with pytest.raises(UserError, match="--on-bad skip"):
+        run(tmp_path / "out", shards, **options)
+    summary = run(tmp_path / "out", shards, on_bad="skip", **options)
+    assert summary.reused_units == len(list(shards.iterdir())) - 1 and len(summary.skipped) == 1
 
 
 def test_undecodable_documents_stop_or_are_left_out(corpora: Any, tmp_path: Path) -> None:
@@ -235,7 +271,7 @@ def test_undecodable_documents_stop_or_are_left_out(corpora: Any, tmp_path: Path
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b"two", b"t\xffo"))
     at = raw.index(b"two") + 1
-    with pytest.raises(UserError, match=f"a.jsonl, document 1: not UTF-8 at byte {at} .*on_bad=skip"):
+    with pytest.raises(UserError, match=f"a.jsonl, document 1: not UTF-8 at byte {at} .*--on-bad skip"):
         run(tmp_path / "stopped", path)
     assert not (tmp_path / "stopped" / "manifest.json").exists()
     summary = run(tmp_path / "out", path, on_bad="skip")
@@ -301,6 +337,8 @@ def test_a_foreign_folder_is_not_touched(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds 'tokenizer' that no `prepare` left here; name a new folder"):
         run(tmp_path / "out", shards)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["tokenizer"]
+    with pytest.raises(UserError, match="holds '.*jsonl' that no `prepare` left here"):
+        run(shards, shards)  # into the corpus itself
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to .*file"):
         run(tmp_path / "file" / "out", shards)

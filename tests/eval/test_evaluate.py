@@ -107,6 +107,32 @@ def test_generate(run: Path, subject: Subject, capsys: Capture) -> None:
     assert capsys.readouterr().out != first
 
 
+def test_generate_answers_in_the_chat_template(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The same tokens as transformers' own template and greedy search give."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "model"
+    assert main(["export", str(run), str(folder)]) == 0
+    command = ["generate", str(folder), "--chat", "--prompt", "mill?", "--tokens", "6", "--temperature", "0"]
+    capsys.readouterr()
+    assert main(command) == 1
+    assert "has no chat template" in capsys.readouterr().err
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}Q {{ m['content'] }} A {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "mill?"}], tokenize=False)
+    ids = tokenizer(asked, add_special_tokens=False, return_tensors="pt").input_ids
+    out = model.generate(ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=6, do_sample=False)
+    assert main(command) == 0
+    answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert capsys.readouterr().out == answer.strip() + "\n"
+
+
+def test_generate_of_a_mistyped_run_does_not_ask_a_hub(run: Path, capsys: Capture) -> None:
+    assert main(["generate", f"{run}x"]) == 1
+    assert f"did you mean '{run}'?" in capsys.readouterr().err.replace("\n", "")
+
+
 def test_generate_beyond_the_positions(run: Path, capsys: Capture) -> None:
     assert main(["generate", str(run), "--prompt", "The mill", "--tokens", "62"]) == 1
     assert "exceed the 64 positions of the model; ask for at most 61 tokens" in capsys.readouterr().err.replace(

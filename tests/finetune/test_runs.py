@@ -103,6 +103,8 @@ def runs(material: Path) -> Path:
             overrides(material, "zero2", *LORA, "data.heldout_share=0.2"),
             *sms(material),
             overrides(material, "target", *LORA, "lora.target_modules=['q']"),
+            overrides(material, "mended", *LORA, "data.sequence_length=128"),  # beyond the source's positions
+            overrides(material, "mended", *LORA),
         ],
     )
     return material / "runs"
@@ -258,8 +260,13 @@ def test_other_examples_are_refused_in_the_same_run(runs: Path) -> None:
 
 def test_unknown_target_modules_are_named(runs: Path) -> None:
     refused = json.loads((runs.parent / "refused.json").read_text())
-    assert refused.keys() == {"zero2", "target"}
+    assert refused.keys() == {"zero2", "target", "mended"}
     assert "lora.target_modules = ['q'] fits no layer" in refused["target"] and "q_proj" in refused["target"]
+
+
+def test_a_start_that_failed_does_not_bind_its_name(runs: Path) -> None:
+    assert "128" in json.loads((runs.parent / "refused.json").read_text())["mended"]
+    assert losses(runs / "mended") == losses(runs / "zero2")
 
 
 def test_two_ranks_train_what_one_does(runs: Path, material: Path) -> None:
