@@ -94,8 +94,8 @@ def fit(parts: Parts) -> int:
             _save(parts, point)
         if not stop and point.fraction(duration) >= 1:
             _evaluate(parts, point, progress)
-            before = "" if point.step > parts.point.step else " before; raise train.duration to go on"
-            return _end(parts, point, DONE, f"reached {duration}{before}")
+            earlier = "" if point.step > parts.point.step else " before; raise train.duration to go on"
+            return _end(parts, point, DONE, f"reached {duration}{earlier}")
         return _end(parts, point, CONTINUE, f"asked to stop by {stop.name or 'another rank'}")
 
 
