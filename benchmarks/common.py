@@ -144,7 +144,7 @@ class Workers:
         with open(self._logs[rank], "w") as log:
             return subprocess.Popen(
                 command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=ROOT, pass_fds=[self._done],
-                preexec_fn=_die_with_parent,
+                preexec_fn=_die_with_parent, bufsize=0,  # closing the pipe to a dead child must have nothing to send
             )  # fmt: skip
 
     def __enter__(self) -> Workers:
@@ -172,7 +172,6 @@ class Workers:
         for child in self._children:
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(b"g")  # type: ignore[union-attr]
-                child.stdin.flush()  # type: ignore[union-attr]
 
     def turn(self) -> float | None:
         """Let all ranks go on until rank 0 asks again; as `ready`."""
