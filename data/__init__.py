@@ -11,3 +11,8 @@ SOURCES = {
     "parquet": "millrace.data.sources.parquet:ParquetSource",
     "text": "millrace.data.sources.text:TextSource",
 }
+
+# A store opens a blob by its URL; the key is the URL's scheme.
+STORES = {
+    "file": "millrace.data.stores.local:LocalBlob",
+}

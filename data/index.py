@@ -1,4 +1,4 @@
-"""The per-sample index of a manifest: place, bytes and token cost, in Parquet files of fixed length."""
+"""The per-sample index of a manifest: place, bytes, token cost and checksum, in Parquet files of fixed length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from millrace.core.errors import UserError
 
 CHUNK = 65536  # samples in an index file; file number = ordinal // CHUNK
-COLUMNS = ("at", "extent", "bytes", "tokens")
+COLUMNS = ("at", "extent", "bytes", "tokens", "check")
 _CACHED_CHUNKS = 32
 
 
@@ -25,13 +25,14 @@ class Entries:
     """Columns of the index for some samples, each int64 of shape (N,).
 
     `at`, `extent` are the place in the shard; `bytes` the size of the text; `tokens` the cost n + 1
-    (0 where it was not counted).
+    (0 where it was not counted); `check` the sample's checksum (`sources.base.checksum`).
     """
 
     at: np.ndarray
     extent: np.ndarray
     bytes: np.ndarray
     tokens: np.ndarray
+    check: np.ndarray
 
     def __len__(self) -> int:
         return len(self.at)

@@ -21,7 +21,7 @@ from millrace.core.rundir import write_atomic
 from millrace.data.index import Entries, Index, write_index
 
 FORMAT = "millrace-manifest"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +78,10 @@ class Manifest:
         """Number of the shard that holds each sample."""
         return np.searchsorted(self._starts, samples, side="right") - 1
 
-    def shard_path(self, number: int) -> Path:
-        """Where shard `number` lies."""
-        return Path(os.path.normpath(self.folder / self.shards[number].url))
+    def shard_url(self, number: int) -> str:
+        """Where shard `number` lies: a path, or a URL of a store."""
+        url = self.shards[number].url
+        return url if "://" in url else os.path.normpath(self.folder / url)
 
     def block_sizes(self) -> np.ndarray:
         """Samples in every block of every shard, in order."""

@@ -1,4 +1,4 @@
-"""Contents of samples: shards verified on first use, documents tokenised on first use, dropped after last.
+"""Contents of samples: compared with their checksums, tokenised on first use, dropped after the last.
 
 Nothing here depends on how many ranks there are: a rank asks for the documents of its own rows only.
 """
@@ -6,7 +6,8 @@ Nothing here depends on how many ranks there are: a rank asks for the documents 
 from __future__ import annotations
 
 import hashlib
-import os
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ import numpy as np
 from millrace.core.errors import UserError
 from millrace.core.registry import lookup
 from millrace.data import SOURCES
+from millrace.data.index import Entries
 from millrace.data.manifest import Manifest
-from millrace.data.sources.base import BadSample, Content, Source
+from millrace.data.sources.base import BadSample, Content, Source, checksum
+from millrace.data.stores.base import Blob, StoreError, open_blob
 from millrace.data.tokenizer import Tokenizer
 
-# (path, size, mtime, hash) of the shards that this process has hashed
-_VERIFIED: set[tuple[str, int, int, str]] = set()
+_OPEN_BLOBS = 128  # shards kept open
+_ALTERED = BadSample("is not what was prepared: its checksum differs; the shard was altered or is damaged")
 
 
 def file_sha256(path: Path) -> str:
@@ -31,59 +34,88 @@ def file_sha256(path: Path) -> str:
 
 
 class ShardReader:
-    """Reads samples of a manifest by ordinal."""
+    """Reads samples of a manifest by ordinal; callable from several threads at once."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self._sources: dict[str, Source] = {}
+        self._blobs: OrderedDict[int, Blob] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read(self, samples: np.ndarray) -> dict[int, Content]:
         """Contents of `samples` (unique ordinals, ascending), read in the order in which they lie.
 
+        What was read is compared with the manifest's checksum; a sample that differs twice is bad.
+
         Raises:
-            UserError: a shard is missing or is not the file that the manifest was made from.
+            UserError: a shard is missing or has another size.
         """
         entries = self.manifest.entries(samples)
         shard = self.manifest.shard_of(samples)
         contents: dict[int, Content] = {}
         for number in np.unique(shard).tolist():
             here = np.flatnonzero(shard == number)
-            places = [(int(entries.at[i]), int(entries.extent[i])) for i in here]
-            found = self._source(self.manifest.shards[number].kind).read(self._verified(number), places)
+            found = self._read(number, entries, here)
+            wrong = [i for i, content in zip(here, found, strict=True) if _differs(content, int(entries.check[i]))]
             contents.update(zip(samples[here].tolist(), found, strict=True))
+            if wrong:
+                self._forget(number)
+                again = self._read(number, entries, np.array(wrong))
+                contents.update(
+                    (int(samples[i]), _ALTERED if _differs(content, int(entries.check[i])) else content)
+                    for i, content in zip(wrong, again, strict=True)
+                )
         return contents
 
-    def _source(self, kind: str) -> Source:
-        if kind not in self._sources:
-            self._sources[kind] = lookup(SOURCES, kind, "source")(self.manifest.columns)
-        return self._sources[kind]
-
-    def _verified(self, number: int) -> Path:
-        path, shard = self.manifest.shard_path(number), self.manifest.shards[number]
+    def _read(self, number: int, entries: Entries, here: np.ndarray) -> list[Content]:
+        places = list(zip(entries.at[here].tolist(), entries.extent[here].tolist(), strict=True))
         try:
-            status = os.stat(path)
-            key = (str(path), status.st_size, status.st_mtime_ns, shard.sha256)
-            if key in _VERIFIED:
-                return path
-            intact = status.st_size == shard.size and file_sha256(path) == shard.sha256
-        except OSError as error:
+            return self._source(self.manifest.shards[number].kind).read(self._blob(number), places)
+        except StoreError as error:
             raise UserError(
-                f"cannot read the shard {path} of the manifest {self.manifest.folder}: {error.strerror}; "
-                "put the file back, or run `millrace prepare` into a new folder"
+                f"cannot read a shard of the manifest {self.manifest.folder}: {error}; put it back, or run "
+                "`millrace prepare` into a new folder"
             ) from None
-        if not intact:
+
+    def _source(self, kind: str) -> Source:
+        with self._lock:
+            if kind not in self._sources:
+                self._sources[kind] = lookup(SOURCES, kind, "source")(self.manifest.columns)
+            return self._sources[kind]
+
+    def _blob(self, number: int) -> Blob:
+        """The shard, opened at first use; raises `UserError` where its size is not the manifest's."""
+        with self._lock:
+            blob = self._blobs.get(number)
+            if blob is not None:
+                self._blobs.move_to_end(number)
+                return blob
+        shard, blob = self.manifest.shards[number], open_blob(self.manifest.shard_url(number))
+        if blob.size != shard.size:
             raise UserError(
-                f"the shard {path} is not the file that {self.manifest.folder} was prepared from: "
-                f"size {status.st_size} (expected {shard.size}), or SHA-256 not {shard.sha256[:12]}…; "
-                "restore it, or run `millrace prepare` into a new folder"
+                f"the shard {blob.url} is not the file that {self.manifest.folder} was prepared from: "
+                f"size {blob.size} (expected {shard.size}); restore it, or run `millrace prepare` into a new folder"
             )
-        _VERIFIED.add(key)
-        return path
+        with self._lock:
+            self._blobs[number] = blob
+            if len(self._blobs) > _OPEN_BLOBS:
+                self._blobs.popitem(last=False)  # closed when the last read of it ends
+        return blob
+
+    def _forget(self, number: int) -> None:
+        """Read a shard anew from now on, not from what is kept of it in memory or in the cache."""
+        with self._lock:
+            self._blobs.pop(number, None)
+            self._sources.pop(self.manifest.shards[number].kind, None)
+
+
+def _differs(content: Content, check: int) -> bool:
+    return isinstance(content, dict) and checksum(content) != check
 
 
 @dataclass
 class _Held:
-    content: Content  # text, later the whole document with its borders
+    content: str | np.ndarray | BadSample  # text or tokens, later the whole document with its borders
     uses: int
     ready: bool = False
 
@@ -103,7 +135,7 @@ class Documents:
         """Announce that each of `samples` (with repetitions) will be taken once; read the new ones."""
         unique, uses = np.unique(samples, return_counts=True)
         new = unique[[sample not in self._held for sample in unique.tolist()]]
-        self._held |= {sample: _Held(content, 0) for sample, content in self.reader.read(new).items()}
+        self._held |= {sample: _Held(_text_of(content), 0) for sample, content in self.reader.read(new).items()}
         for sample, count in zip(unique.tolist(), uses.tolist(), strict=True):
             self._held[sample].uses += count
 
@@ -176,4 +208,8 @@ class Documents:
             )
 
     def _shard(self, sample: int) -> str:
-        return str(self._manifest.shard_path(int(self._manifest.shard_of(np.array([sample]))[0])))
+        return self._manifest.shard_url(int(self._manifest.shard_of(np.array([sample]))[0]))
+
+
+def _text_of(content: Content) -> str | np.ndarray | BadSample:
+    return content if isinstance(content, BadSample) else content.get("tokens", content.get("text"))  # type: ignore[return-value]

@@ -22,11 +22,12 @@ from millrace.core.errors import UserError
 from millrace.core.registry import lookup
 from millrace.core.rundir import write_atomic
 from millrace.data import SOURCES
-from millrace.data.index import Entries, concatenate, to_table, write_parquet
+from millrace.data.index import COLUMNS, Entries, concatenate, to_table, write_parquet
 from millrace.data.inputs import InputFile
 from millrace.data.manifest import Shard
 from millrace.data.reader import file_sha256
-from millrace.data.sources.base import BadSample, Sample, Source
+from millrace.data.sources.base import BadSample, Sample, Source, checksum
+from millrace.data.stores.base import open_blob
 from millrace.data.tokenizer import Tokenizer
 
 UNIT_BYTES = 64 * 2**20  # small files are prepared together up to this size
@@ -96,7 +97,7 @@ def documents(unit: Sequence[InputFile], options: UnitOptions, bad: list[str]) -
     number = 0
     for index, file in enumerate(unit):
         try:
-            for ordinal, sample in enumerate(source_of(file, options.text).scan(file.path)):
+            for ordinal, sample in enumerate(_scan(file, options.text)):
                 content = sample.content
                 if isinstance(content, BadSample):
                     if options.on_bad == "stop":
@@ -106,12 +107,18 @@ def documents(unit: Sequence[InputFile], options: UnitOptions, bad: list[str]) -
                         )
                     bad.append(f"{file.path}, document {ordinal}: {content.why}")
                     continue
-                assert isinstance(content, str)
-                held = held_out(options, number, content.encode())
-                yield Document(index, sample, content, held)
+                text = content["text"]
+                assert isinstance(text, str)
+                held = held_out(options, number, text.encode())
+                yield Document(index, sample, text, held)
                 number += 1
         except OSError as error:
-            raise UserError(f"cannot read {file.path}: {error.strerror}") from None
+            raise UserError(str(error)) from None
+
+
+def _scan(file: InputFile, text: str) -> Iterator[Sample]:
+    with open_blob(file.path) as blob:
+        yield from source_of(file, text).scan(blob)
 
 
 def source_of(file: InputFile, text: str) -> Source:
@@ -122,16 +129,16 @@ def source_of(file: InputFile, text: str) -> Source:
 
 @dataclass
 class _Rows:
-    """Index rows of one shard, in order, and its blocks. Memory: 32 bytes a sample."""
+    """Index rows of one shard, in order, and its blocks. Memory: 40 bytes a sample."""
 
     count: int = 0
     groups: list[list[int]] = field(default_factory=list)  # [samples in a block, blocks], run-length encoded
-    _rows: list[tuple[int, int, int, int]] = field(default_factory=list)  # at, extent, bytes, tokens
+    _rows: list[tuple[int, ...]] = field(default_factory=list)  # as `index.COLUMNS`
     _done: list[Entries] = field(default_factory=list)
     _block: int | None = None
     _in_block: int = 0
 
-    def add(self, row: tuple[int, int, int, int], block: int) -> None:
+    def add(self, row: tuple[int, ...], block: int) -> None:
         if block != self._block:
             self._close()
             self._block = block
@@ -142,7 +149,7 @@ class _Rows:
             self._compact()
 
     def _compact(self) -> None:
-        self._done.append(Entries(*np.array(self._rows, np.int64).reshape(-1, 4).T))
+        self._done.append(Entries(*np.array(self._rows, np.int64).reshape(-1, len(COLUMNS)).T))
         self._rows = []
 
     def _close(self) -> None:
@@ -172,7 +179,8 @@ class InPlace:
         """Index one document."""
         place, cost = document.sample.place, 0 if ids is None else len(ids) + 1
         block = self._sources[document.file].block(place)
-        self._rows[document.file].add((*place, document.sample.bytes, cost), block)
+        check = checksum({"text": document.text})
+        self._rows[document.file].add((*place, document.sample.bytes, cost, check), block)
 
     def finish(self) -> tuple[list[Shard], list[Entries]]:
         """Shards that hold a sample, and their entries."""
@@ -224,8 +232,9 @@ class Tokenised:
             path.parent.mkdir(parents=True, exist_ok=True)
             schema = pa.schema([("tokens", self._type), ("bytes", pa.int64())])
             self._open = pq.ParquetWriter(_temporary(path), schema, compression="zstd"), path, source
-        place = (self._group_number, len(self._group))
-        self._rows.add((*place, document.sample.bytes, len(ids) + 1), self._group_number)
+        place, ids = (self._group_number, len(self._group)), ids.astype(self._type.value_type.to_pandas_dtype())
+        check = checksum({"tokens": ids})
+        self._rows.add((*place, document.sample.bytes, len(ids) + 1, check), self._group_number)
         self._group.append((ids, document.sample.bytes))
         self._shard_tokens += len(ids)
         self._group_tokens += len(ids)
@@ -234,9 +243,9 @@ class Tokenised:
 
     def _write_group(self) -> None:
         if self._group and self._open:
-            values = np.concatenate([ids for ids, _ in self._group]).astype(f"u{self._width}")
+            values = np.concatenate([ids for ids, _ in self._group])
             offsets = np.cumsum([0, *(len(ids) for ids, _ in self._group)]).astype(np.int32)
-            tokens = pa.ListArray.from_arrays(offsets, pa.array(values).cast(self._type.value_type))
+            tokens = pa.ListArray.from_arrays(offsets, pa.array(values))
             sizes = pa.array([size for _, size in self._group], pa.int64())
             table = pa.table([tokens, sizes], names=["tokens", "bytes"])
             self._open[0].write_table(table, row_group_size=len(self._group))

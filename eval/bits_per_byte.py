@@ -24,6 +24,7 @@ from millrace.data.inputs import resolve
 from millrace.data.manifest import Manifest
 from millrace.data.reader import ShardReader
 from millrace.data.sources.base import BadSample, Content
+from millrace.data.stores.base import open_blob
 from millrace.data.tokenizer import Tokenizer
 from millrace.eval.subject import Subject
 from millrace.models.heads import backbone_and_head, logits_transform
@@ -173,8 +174,9 @@ def read_documents(path: str | Path, tokenizer: Tokenizer) -> Iterator[Document]
         return
     for file in resolve([str(path)], "auto", Path(os.devnull)):
         source = lookup(SOURCES, file.kind, "source")({"text": "text"})
-        for number, sample in enumerate(source.scan(file.path)):
-            yield _good(sample.content, f"{file.path}, document {number}"), sample.bytes
+        with open_blob(file.path) as blob:
+            for number, sample in enumerate(source.scan(blob)):
+                yield _good(sample.content, f"{file.path}, document {number}"), sample.bytes
 
 
 def _of_manifest(manifest: Manifest, tokenizer: Tokenizer) -> Iterator[Document]:
@@ -191,4 +193,4 @@ def _of_manifest(manifest: Manifest, tokenizer: Tokenizer) -> Iterator[Document]
 def _good(content: Content, where: str) -> str | np.ndarray:
     if isinstance(content, BadSample):
         raise UserError(f"{where}: {content.why}; mend or remove it, a figure over the rest would not be comparable")
-    return content
+    return content["tokens"] if "tokens" in content else content["text"]  # type: ignore[return-value]

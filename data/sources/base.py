@@ -5,9 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+import xxhash
+
+from millrace.data.stores.base import Blob
+
+MAX_SAMPLE_BYTES = 64 * 2**20  # a line, member or file beyond it is refused, not read into memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +21,13 @@ class BadSample:
     why: str
 
 
-Content = str | np.ndarray | BadSample
-"""Text, or token ids (int, shape (n,)) of a tokenised source."""
+Value = str | bytes | np.ndarray
+"""Text; an encoded image or sound; token ids (integers, shape (n,))."""
+
+Record = dict[str, Value]
+"""A sample's values by role: `text`, `tokens`, `image`, `audio`."""
+
+Content = Record | BadSample
 
 Place = tuple[int, int]
 """Where a sample lies in its shard: (byte offset, length) or (row group, row)."""
@@ -37,30 +46,50 @@ class Source(ABC):
     """Reads shards of one format. Subclass in one file and add one line to `millrace.data.SOURCES`."""
 
     def __init__(self, columns: Mapping[str, str]) -> None:
-        """`columns` names the columns to read: {"text": …}, or {"tokens": …, "bytes": …} when tokenised."""
+        """`columns` names the column or field of each role: {"text": "body"}, {"image": "jpg", "text": "txt"}.
+
+        A tokenised source has {"tokens": …, "bytes": …}.
+        """
         self.columns = dict(columns)
 
     @abstractmethod
-    def scan(self, path: Path) -> Iterator[Sample]:
+    def scan(self, blob: Blob) -> Iterator[Sample]:
         """Stream every sample in order, in bounded memory.
 
         Raises:
             UserError: the file is not of this format, or a column is missing.
+            StoreError: it cannot be read.
         """
 
     @abstractmethod
-    def read(self, path: Path, places: Sequence[Place]) -> list[Content]:
-        """Read samples at `places` (ascending) in bounded memory beyond the result."""
+    def read(self, blob: Blob, places: Sequence[Place]) -> list[Content]:
+        """Read samples at `places` (ascending) in bounded memory beyond the result.
+
+        Raises:
+            StoreError: as `Blob.read`.
+        """
 
     def block(self, place: Place) -> int:
         """Number of the block that holds `place`: samples of one block are cheap to read together."""
         return place[0]
 
 
-def decode(raw: bytes, offset: int = 0) -> str | BadSample:
+def checksum(record: Record) -> int:
+    """XXH3 (64 bits, as a signed integer) over the values in the order of their roles.
+
+    Kept for every sample, so that a flipped bit is found whatever part of a shard is read, and at no cost at start.
+    """
+    digest = xxhash.xxh3_64()
+    for role in sorted(record):
+        value = record[role]
+        digest.update(value.encode() if isinstance(value, str) else value)  # type: ignore[arg-type]
+    return digest.intdigest() - 2**63
+
+
+def decode(raw: bytes | memoryview, offset: int = 0) -> str | BadSample:
     """Decode UTF-8; `offset` is where `raw` starts in its file."""
     try:
-        return raw.decode("utf-8")
+        return str(raw, "utf-8")
     except UnicodeDecodeError as error:
         return BadSample(f"not UTF-8 at byte {offset + error.start} ({error.reason}: 0x{raw[error.start]:02x})")
 
@@ -74,3 +103,9 @@ def check_text(text: object) -> str | BadSample:
     except UnicodeEncodeError as error:
         return BadSample(f"a lone surrogate at character {error.start}")
     return text
+
+
+def text_bytes(content: Content) -> int:
+    """Bytes of UTF-8 text in a sample, for bits per byte."""
+    text = content.get("text") if isinstance(content, dict) else None
+    return len(text.encode()) if isinstance(text, str) else 0

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from millrace.data.sources.base import BadSample, Content, Place, Sample, Source, check_text, decode
+from millrace.data.sources.base import (
+    MAX_SAMPLE_BYTES,
+    BadSample,
+    Content,
+    Place,
+    Sample,
+    Source,
+    check_text,
+    decode,
+    text_bytes,
+)
+from millrace.data.stores.base import Blob
 
 _BLOCK_BITS = 20  # lines whose offsets share a mebibyte form a block
 
@@ -14,42 +25,50 @@ _BLOCK_BITS = 20  # lines whose offsets share a mebibyte form a block
 class JsonlSource(Source):
     """A place is (byte offset, length) of a line; blank lines are not samples."""
 
-    def scan(self, path: Path) -> Iterator[Sample]:
+    def scan(self, blob: Blob) -> Iterator[Sample]:
         """Stream the lines."""
-        offset = 0
-        with open(path, "rb") as file:
-            for raw in file:
+        with blob.open() as file:
+            for offset, raw, length in _lines(file):
                 line = raw.rstrip(b"\r\n")
-                if line.strip():
+                if length > MAX_SAMPLE_BYTES:
+                    why = f"the line at byte {offset} has {length} bytes, more than {MAX_SAMPLE_BYTES}; split it"
+                    yield Sample((offset, length), BadSample(why), 0)
+                elif line.strip():
                     content = self._parse(line, offset)
-                    size = len(content.encode()) if isinstance(content, str) else 0
-                    yield Sample((offset, len(line)), content, size)
-                offset += len(raw)
+                    yield Sample((offset, len(line)), content, text_bytes(content))
 
-    def read(self, path: Path, places: Sequence[Place]) -> list[Content]:
-        """Seek to each line."""
-        contents: list[Content] = []
-        with open(path, "rb") as file:
-            for offset, length in places:
-                file.seek(offset)
-                contents.append(self._parse(file.read(length), offset))
-        return contents
+    def read(self, blob: Blob, places: Sequence[Place]) -> list[Content]:
+        """Read each line."""
+        return [self._parse(blob.read(offset, length), offset) for offset, length in places]
 
     def block(self, place: Place) -> int:
         """Lines that start in the same mebibyte."""
         return place[0] >> _BLOCK_BITS
 
-    def _parse(self, line: bytes, offset: int) -> str | BadSample:
+    def _parse(self, line: bytes, offset: int) -> Content:
         text = decode(line, offset)
         if isinstance(text, BadSample):
             return text
         try:
             record = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return BadSample(f"the line at byte {offset} is not JSON: {error}")
         name = self.columns["text"]
         if not isinstance(record, dict) or name not in record:
             keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             return BadSample(f"the line at byte {offset} has no field '{name}' (it has: {keys})")
         checked = check_text(record[name])
-        return BadSample(f"the line at byte {offset}: {checked.why}") if isinstance(checked, BadSample) else checked
+        if isinstance(checked, BadSample):
+            return BadSample(f"the line at byte {offset}: {checked.why}")
+        return {"text": checked}
+
+
+def _lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes, int]]:
+    """(offset, the line or its first bytes, its length) of every line; a longer line is never held whole."""
+    offset = 0
+    while raw := file.readline(MAX_SAMPLE_BYTES + 2):
+        length, part = len(raw), raw
+        while not part.endswith(b"\n") and length > MAX_SAMPLE_BYTES and (part := file.readline(2**20)):
+            length += len(part)
+        yield offset, raw, length
+        offset += length

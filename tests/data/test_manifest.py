@@ -90,7 +90,7 @@ def swap_index(corpus: Path) -> None:
         (lambda c: shutil.rmtree(c), "no manifest in .*; write one with `millrace prepare FILES --out .*corpus`"),
         (lambda c: (c / "manifest.json").write_text("{"), "manifest.json is not a readable manifest"),
         (lambda c: (c / "manifest.json").write_text("{}"), "is not a millrace manifest"),
-        (edit(version=2), "has version 2, this release reads 1"),
+        (edit(version=1), "has version 1, this release reads 2"),
         (edit(tokenizer="0" * 64), "altered by hand: its fingerprint does not fit"),
         (lambda c: (c / "index" / "00000.parquet").unlink(), "cannot read the index file .*00000.parquet"),
         (swap_index, "the index file .*00000.parquet was altered"),

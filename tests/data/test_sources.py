@@ -3,7 +3,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,20 +10,25 @@ import pytest
 from millrace.core.errors import UserError
 from millrace.core.registry import lookup
 from millrace.data import SOURCES
-from millrace.data.sources.base import BadSample, Source
+from millrace.data.sources.base import BadSample, Sample, Source
 from millrace.data.sources.jsonl import JsonlSource
 from millrace.data.sources.parquet import ParquetSource
 from millrace.data.sources.text import TextSource
+from millrace.data.stores.base import open_blob
 
 TEXT = {"text": "text"}
 
 
+def scan(source: Source, path: Path) -> list[Sample]:
+    return list(source.scan(open_blob(path)))
+
+
 def reread(source: Source, path: Path) -> list[object]:
     """Contents by random access, after checking that a scan saw the same."""
-    scanned = list(source.scan(path))
-    contents = source.read(path, [sample.place for sample in scanned])
+    scanned = scan(source, path)
+    contents = source.read(open_blob(path), [sample.place for sample in scanned])
     assert contents == [sample.content for sample in scanned]
-    return list(contents)
+    return [content if isinstance(content, BadSample) else content["text"] for content in contents]
 
 
 def test_jsonl_reads_lines_by_offset_and_skips_blank_ones(tmp_path: Path) -> None:
@@ -32,9 +36,9 @@ def test_jsonl_reads_lines_by_offset_and_skips_blank_ones(tmp_path: Path) -> Non
     path.write_bytes('{"text": "é\\n"}\r\n\n  \n{"id": 3, "text": ""}\n{"text": "last"}'.encode())
     source = JsonlSource(TEXT)
     assert reread(source, path) == ["é\n", "", "last"]
-    assert [sample.bytes for sample in source.scan(path)] == [3, 0, 4]
-    places = [sample.place for sample in source.scan(path)]
-    assert source.read(path, places[1:2]) == [""]
+    assert [sample.bytes for sample in scan(source, path)] == [3, 0, 4]
+    places = [sample.place for sample in scan(source, path)]
+    assert source.read(open_blob(path), places[1:2]) == [{"text": ""}]
 
 
 @pytest.mark.parametrize(
@@ -52,8 +56,8 @@ def test_jsonl_reads_lines_by_offset_and_skips_blank_ones(tmp_path: Path) -> Non
 def test_jsonl_says_what_is_wrong_with_a_line(tmp_path: Path, line: bytes, why: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text":"good"}\n' + line + b"\n")
-    good, bad = JsonlSource(TEXT).scan(path)
-    assert good.content == "good"
+    good, bad = scan(JsonlSource(TEXT), path)
+    assert good.content == {"text": "good"}
     assert isinstance(bad.content, BadSample)
     assert re.search(why, bad.content.why), bad.content.why
 
@@ -69,9 +73,11 @@ def test_parquet_reads_any_row_of_any_group(tmp_path: Path, kind: pa.DataType) -
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=5)
     source = ParquetSource(TEXT)
     assert reread(source, tmp_path / "a.parquet") == texts
-    places = [sample.place for sample in source.scan(tmp_path / "a.parquet")]
+    places = [sample.place for sample in scan(source, tmp_path / "a.parquet")]
     assert [places[i] for i in (0, 4, 5, 22)] == [(0, 0), (0, 4), (1, 0), (4, 2)]
-    assert source.read(tmp_path / "a.parquet", [places[7], places[21]]) == [texts[7], texts[21]]
+    assert source.read(open_blob(tmp_path / "a.parquet"), [places[7], places[21]]) == [
+        {"text": texts[i]} for i in (7, 21)
+    ]
 
 
 def test_parquet_meets_null_and_what_is_not_utf8_sample_by_sample(tmp_path: Path) -> None:
@@ -89,25 +95,25 @@ def test_parquet_reads_tokens(tmp_path: Path) -> None:
     table = pa.table({"tokens": pa.array(tokens, pa.list_(pa.uint16())), "bytes": [9, 0, 2]})
     pq.write_table(table, tmp_path / "a.parquet")
     source = ParquetSource({"tokens": "tokens", "bytes": "bytes"})
-    samples = list(source.scan(tmp_path / "a.parquet"))
+    samples = scan(source, tmp_path / "a.parquet")
     assert [sample.bytes for sample in samples] == [9, 0, 2]
     for content in (
         [s.content for s in samples],
-        source.read(tmp_path / "a.parquet", [(0, 0), (0, 1), (0, 2)]),
+        source.read(open_blob(tmp_path / "a.parquet"), [(0, 0), (0, 1), (0, 2)]),
     ):
-        assert [np.asarray(c).tolist() for c in content] == tokens
+        assert [c["tokens"].tolist() for c in content] == tokens
 
 
 def test_parquet_errors_name_the_file_and_the_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"texts": ["a"], "n": [1]}), path)
     with pytest.raises(UserError, match="a.parquet has no column 'text'; did you mean 'texts'"):
-        list(ParquetSource(TEXT).scan(path))
+        scan(ParquetSource(TEXT), path)
     with pytest.raises(UserError, match="column 'n' is int64, not text"):
-        list(ParquetSource({"text": "n"}).scan(path))
+        scan(ParquetSource({"text": "n"}), path)
     path.write_bytes(b"PAR1 torn")
     with pytest.raises(UserError, match="a.parquet is not a readable Parquet file"):
-        list(ParquetSource(TEXT).scan(path))
+        scan(ParquetSource(TEXT), path)
 
 
 def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
@@ -115,7 +121,7 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
     path.write_bytes("one\r\ntwo é\n".encode())
     assert reread(TextSource(TEXT), path) == ["one\r\ntwo é\n"]
     path.write_bytes(b"abc\xe9 d")
-    (sample,) = TextSource(TEXT).scan(path)
+    (sample,) = scan(TextSource(TEXT), path)
     assert sample.content == BadSample("not UTF-8 at byte 3 (invalid continuation byte: 0xe9)")
 
 

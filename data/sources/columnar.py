@@ -1,0 +1,114 @@
+"""Columns of a table in memory, row by row without copies: what Parquet and Arrow share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from millrace.core.errors import UserError, did_you_mean
+from millrace.data.sources.base import BadSample, Content, Value, decode, text_bytes
+
+Get = Callable[[int], Value | BadSample]
+
+
+def wanted_columns(columns: Mapping[str, str], names: list[str], url: str) -> list[str]:
+    """Names of the columns to read.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    for name in columns.values():
+        if name not in names:
+            hint = did_you_mean(name, names) or f"; its columns are: {', '.join(names)}"
+            raise UserError(f"{url} has no column '{name}'{hint}")
+    return list(columns.values())
+
+
+class Rows:
+    """Rows of a table: `record(i)` gives a sample's values by role."""
+
+    def __init__(self, table: pa.Table, columns: Mapping[str, str], url: str) -> None:
+        """`columns` as in `Source`; raises `UserError` where a column has the wrong type."""
+        self.length, self.nbytes = len(table), table.nbytes
+        self._size = None
+        if "tokens" in columns and columns.get("bytes") in table.column_names:
+            self._size = table.column(columns["bytes"]).combine_chunks()
+        self._get: dict[str, Get] = {}
+        for role, name in columns.items():
+            if role != "bytes":
+                array = table.column(name).combine_chunks()
+                try:
+                    self._get[role] = _reader(role, array)
+                except TypeError as error:
+                    raise UserError(f"{url}: column '{name}' is {array.type}, {error}") from None
+
+    def record(self, index: int, where: str) -> Content:
+        """Values of row `index`; `where` names it in messages."""
+        found = {}
+        for role, get in self._get.items():
+            value = get(index)
+            if isinstance(value, BadSample):
+                return BadSample(f"{where}{value.why}")
+            found[role] = value
+        return found
+
+    def text_bytes(self, index: int, content: Content) -> int:
+        """Bytes of the text of row `index`, or of the text that its tokens were made from."""
+        return int(self._size[index].as_py() or 0) if self._size is not None else text_bytes(content)
+
+
+def _reader(role: str, array: pa.Array) -> Get:
+    if isinstance(array, pa.ChunkedArray):  # combine_chunks of nothing
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if role == "tokens":
+        return _tokens(array)
+    if role in ("image", "audio") and pa.types.is_struct(array.type) and array.type.get_field_index("bytes") >= 0:
+        array = array.field("bytes")  # how `datasets` stores files
+    return _text(array) if role == "text" else _binary(array)
+
+
+def _slices(array: pa.Array) -> tuple[Callable[[int], bool], np.ndarray, memoryview]:
+    """(is a row null?, offsets of the rows, the bytes) of a binary or string array."""
+    wide = pa.types.is_large_binary(array.type) or pa.types.is_large_string(array.type)
+    _, offsets, data = array.buffers()
+    at = np.frombuffer(offsets, np.int64 if wide else np.int32) if offsets else np.zeros(1, np.int64)
+    null = array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None
+    return (
+        (lambda i: bool(null[i])) if null is not None else (lambda i: False),
+        at[array.offset : array.offset + len(array) + 1],
+        memoryview(data) if data is not None else memoryview(b""),
+    )
+
+
+def _text(array: pa.Array) -> Get:
+    if not (pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
+        raise TypeError("not text; name the text column with `text`")
+    null, at, data = _slices(array)
+
+    def get(i: int) -> str | BadSample:
+        if null(i):
+            return BadSample(" is null")
+        text = decode(data[at[i] : at[i + 1]])
+        return BadSample(f": {text.why}") if isinstance(text, BadSample) else text
+
+    return get
+
+
+def _binary(array: pa.Array) -> Get:
+    if not (pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)):
+        raise TypeError("not bytes of files")
+    null, at, data = _slices(array)
+    return lambda i: BadSample(" is null") if null(i) else bytes(data[at[i] : at[i + 1]])
+
+
+def _tokens(array: pa.Array) -> Get:
+    kind = array.type
+    if not ((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)):
+        raise TypeError("not a list of integers")
+    at, values = array.offsets.to_numpy(), array.values.to_numpy(zero_copy_only=False)
+    null = array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None
+    return lambda i: BadSample(" is null") if null is not None and null[i] else values[at[i] : at[i + 1]]
