@@ -195,7 +195,7 @@ def _coerce(hint: Any, value: Any, unit: str, where: tuple[Source, str]) -> Any:
         return value
     if origin in (Union, types.UnionType):
         rest = [a for a in args if a is not type(None)]
-        exact = [a for a in rest if type(value) is a]
+        exact = [a for a in rest if type(value) is (typing.get_origin(a) or a)]
         return None if value is None else _coerce((exact or rest)[0], value, unit, where)
     if origin is typing.Literal:
         if value not in args:

@@ -3,16 +3,83 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from millrace.core.config import option
+from millrace.core.config import build, option, section
+from millrace.core.units import Duration, parse_count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Shares of the sources in the stream; at most one way of giving them."""
+
+    weights: dict[str, float] = option({}, "share of the tokens by source, such as {books = 3, web = 1}")
+    temperature: float | None = option(None, "shares in proportion to (tokens of the source)^(1 / temperature)")
+    tokens: dict[str, Any] = option({}, 'token budget by source, such as {books = "2B", web = "1B"}')
+    epochs: dict[str, float] = option({}, "passes by source, such as {books = 2, web = 0.5}")
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("weights", "temperature", "tokens", "epochs") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are two ways to say the same; keep one")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"temperature = {self.temperature} must be above 0")
+        object.__setattr__(self, "tokens", {name: parse_count(value) for name, value in self.tokens.items()})
+        for name in ("weights", "tokens", "epochs"):
+            for source, value in getattr(self, name).items():
+                if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                    raise ValueError(f"{name}.{source} = {value!r} must be a number, 0 or more")
+
+    def __bool__(self) -> bool:
+        return bool(self.weights or self.tokens or self.epochs or self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureConfig(Weights):
+    """Shares of the sources; without any, all samples are shuffled together."""
+
+    schedule: list[dict[str, Any]] = option(
+        [], 'later shares: [{at = "10k steps", weights = {…}}, …], in effect from the next window on'
+    )
+
+    def __post_init__(self) -> None:
+        super(MixtureConfig, self).__post_init__()
+        if self.schedule and not self:
+            raise ValueError("schedule needs shares to begin with: set weights, temperature, tokens or epochs")
+        self.changes()
+
+    def changes(self) -> list[tuple[Duration, Weights]]:
+        """Shares by the point from which on they are wanted; the first at 0 steps.
+
+        Raises:
+            ValueError: an entry without `at`, or points that do not grow.
+        """
+        found: list[tuple[Duration, Weights]] = [(Duration(0, "steps"), self)]
+        for entry in self.schedule:
+            at = Duration.parse(entry.get("at", ""))
+            if at.unit not in ("steps", "tokens") or (len(found) > 1 and at.unit != found[-1][0].unit):
+                raise ValueError(f"schedule: at = '{at}': give steps, or tokens, in all entries alike")
+            if at.value <= found[-1][0].value:
+                raise ValueError(f"schedule: at = '{at}' must be later than '{found[-1][0]}'")
+            weights = build(Weights, {k: v for k, v in entry.items() if k != "at"})
+            if not weights:
+                raise ValueError(f"schedule: the entry at '{at}' gives no shares")
+            found.append((at, weights))
+        return found
+
+    def at(self, steps: int, tokens: int) -> Weights:
+        """The shares that are wanted after so many steps, or tokens."""
+        reached = {"steps": steps, "tokens": tokens}
+        return [weights for point, weights in self.changes() if point.value <= reached[point.unit]][-1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """What is read, in which order, and how it is cut into rows."""
 
-    manifest: str = option("", "folder that `millrace prepare` wrote")
-    heldout: str | None = option(None, "manifest of held-out text (default: heldout/ in the manifest)")
+    manifest: str | list[str] = option("", "folder that `millrace prepare` wrote, or a list of them")
+    mixture: MixtureConfig = section(MixtureConfig, "shares of the sources of the manifests")
+    heldout: str | None = option(None, "manifest of held-out text (default: heldout/ in every manifest)")
     tokenizer: str | None = option(
         None, "tokenizer folder, tokenizer.json or hub name (default: the one stored beside the manifest)"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -17,11 +17,12 @@ import numpy as np
 from millrace.core.errors import UserError
 from millrace.data.batch import IGNORED, MicroBatch, StepBatch, collate, spans_sha, to_spans
 from millrace.data.config import DataConfig
-from millrace.data.manifest import Manifest, manifest_folder
-from millrace.data.order import Order
+from millrace.data.corpus import Corpus
+from millrace.data.manifest import manifest_folder
+from millrace.data.mixture import ALL, Mixture, components, counts
 from millrace.data.reader import Documents
 from millrace.data.state import LoaderState, Stage
-from millrace.data.stream import Deal, Layout, Planner, RowStream, window_samples
+from millrace.data.stream import Deal, Planner, RowStream, window_samples
 from millrace.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -30,7 +31,7 @@ __all__ = [
     "StepBatch",
     "build_loader",
     "heldout_batches",
-    "heldout_manifest",
+    "heldout_manifests",
     "spans_sha",
     "stored_tokenizer",
 ]
@@ -42,7 +43,7 @@ class Loader:
     """Iterator of `StepBatch`; made by `build_loader`, ended by `close` (or as a context manager)."""
 
     def __init__(self, stream: RowStream, documents: Documents, tokenizer: Tokenizer, state: LoaderState) -> None:
-        self.manifest: Manifest = documents.reader.manifest
+        self.corpus: Corpus = documents.reader.corpus
         self.tokenizer = tokenizer
         self.state = state  # after the last step that was handed out
         self._stream, self._documents = stream, documents
@@ -130,12 +131,10 @@ class Loader:
                 continue
 
     def _prepare(self) -> StepBatch:
-        now = self._next
-        step = self._stream.step(now.window, now.packs_done)
-        length = now.stages[-1].sequence_length
+        step = self._stream.step(self._next)
         rows = self._stream.my_rows(step)
-        micro = [collate(part, self._documents, self.tokenizer, length) for part in rows]
-        self._next = LoaderState(now.seed, now.stages, step.window, step.packs_done)
+        micro = [collate(part, self._documents, self.tokenizer, step.sequence_length) for part in rows]
+        self._next = step.after
         return StepBatch(
             micro_batches=micro,
             local_tokens=sum(int((m.labels_BT != IGNORED).sum()) for m in micro),
@@ -160,26 +159,36 @@ def build_loader(
     Raises:
         UserError: manifest, tokenizer or batch that do not fit, or a state of another stream.
     """
-    check_batch(batch_rows, micro_batch, world)
-    manifest, tokenizer = _open(config.manifest, config.tokenizer)
-    stage = Stage(
-        start_window=0,
-        manifest=manifest.fingerprint,
-        weights=(1.0,),
-        batch=batch_rows,
-        sequence_length=config.sequence_length,
-        window=window_samples(manifest, config.window),
-        shuffle_blocks=config.shuffle_blocks,
-        pack=config.pack,
-    )
-    if state is None:
-        state = LoaderState(seed, (stage,))
-    state.check(stage, seed)
-    documents = Documents(manifest, tokenizer, config.max_bad_samples)
-    order = Order(manifest.block_sizes(), seed, config.shuffle_blocks)
-    planner = Planner(documents, order, Layout(stage.window, stage.sequence_length, stage.pack, seed))
-    stream = RowStream(planner, documents, Deal(batch_rows, micro_batch, rank, world))
-    return Loader(stream, documents, tokenizer, state).prefetch(config.prefetch)
+    corpus, tokenizer = _open(config.manifest, config.tokenizer)
+    parts = components(corpus, weighted=bool(config.mixture))
+    # Shards that were appended must not change the windows of a stream that is under way.
+    grown = state is not None and state.stages[0].manifests != corpus.fingerprints
+    window = state.stages[0].window if state is not None and grown else window_samples(corpus, config.window)
+
+    def wanted(steps: int, tokens: int) -> Stage:
+        return Stage(
+            start_window=0,
+            manifests=corpus.fingerprints,
+            components=tuple(parts),
+            counts=counts(config.mixture.at(steps, tokens), corpus.sources()) if config.mixture else (1,),
+            batch=batch_rows,
+            sequence_length=config.sequence_length,
+            window=window,
+            shuffle_blocks=config.shuffle_blocks,
+            pack=config.pack,
+        )
+
+    first = wanted(0, 0)
+    if state is not None:
+        state.check(first, seed)
+        for stage in state.stages:
+            corpus.check(stage.manifests)
+    for stage in (first, *(state.stages[-1:] if state else ())):
+        check_batch(stage.batch, micro_batch, world)
+    documents = Documents(corpus, tokenizer, config.max_bad_samples)
+    planner = Planner(documents, Mixture(corpus, parts, seed), seed)
+    stream = RowStream(planner, documents, Deal(batch_rows, micro_batch, rank, world), wanted)
+    return Loader(stream, documents, tokenizer, state or LoaderState(seed, (first,))).prefetch(config.prefetch)
 
 
 def check_batch(batch_rows: int, micro_batch: int, world: int) -> None:
@@ -210,22 +219,23 @@ def stored_tokenizer(manifest_folder: Path) -> Path | None:
     return None
 
 
-def _open(path: str, tokenizer: str | None) -> tuple[Manifest, Tokenizer]:
-    manifest = Manifest.load(path)
-    name = tokenizer or stored_tokenizer(manifest.folder)
+def _open(paths: str | Sequence[str], tokenizer: str | None) -> tuple[Corpus, Tokenizer]:
+    corpus = Corpus.load(paths)
+    name = tokenizer or stored_tokenizer(corpus.manifests[0].folder)
     if name is None:
-        raise UserError(f"no tokenizer lies beside {manifest.folder}; set data.tokenizer to a folder or hub name")
+        raise UserError(f"no tokenizer lies beside {corpus.folder}; set data.tokenizer to a folder or hub name")
     loaded = load_tokenizer(name)
-    manifest.check_tokenizer(loaded.sha256, str(name))
-    return manifest, loaded
+    corpus.manifests[0].check_tokenizer(loaded.sha256, str(name))
+    return corpus, loaded
 
 
-def heldout_manifest(config: DataConfig) -> str | None:
-    """Folder of the held-out manifest: the configured one, or heldout/ in the training manifest's folder."""
+def heldout_manifests(config: DataConfig) -> list[str]:
+    """Folders of held-out manifests: the configured one, or heldout/ in every training manifest's folder."""
     if config.heldout:
-        return config.heldout
-    beside = manifest_folder(config.manifest) / "heldout"
-    return str(beside) if (beside / "manifest.json").is_file() else None
+        return [config.heldout]
+    folders = [config.manifest] if isinstance(config.manifest, str) else config.manifest
+    beside = [manifest_folder(folder) / "heldout" for folder in folders]
+    return [str(folder) for folder in beside if (folder / "manifest.json").is_file()]
 
 
 def heldout_batches(
@@ -242,21 +252,31 @@ def heldout_batches(
     Raises:
         UserError: no held-out manifest, or one that does not fit the tokenizer.
     """
-    path = heldout_manifest(config)
-    if path is None:
+    paths = heldout_manifests(config)
+    if not paths:
         raise UserError(f"{config.manifest} has no held-out part; set data.heldout, or prepare with heldout=0.05")
-    manifest, tokenizer = _open(path, config.tokenizer or _tokenizer_of(config))
-    documents = Documents(manifest, tokenizer, config.max_bad_samples)
-    window = window_samples(manifest, config.window)
-    layout = Layout(window, config.sequence_length, config.pack, _HELDOUT_SEED, once=True)
-    order = Order(manifest.block_sizes(), _HELDOUT_SEED, config.shuffle_blocks)
-    planner = Planner(documents, order, layout)
-    stream = RowStream(planner, documents, Deal(micro_batch * world, micro_batch, rank, world))
-    at = packs_done = rows = 0
-    ended = False
+    corpus, tokenizer = _open(paths, config.tokenizer or _tokenizer_of(config))
+    documents = Documents(corpus, tokenizer, config.max_bad_samples)
+    stage = Stage(
+        start_window=0,
+        manifests=corpus.fingerprints,
+        components=(ALL,),
+        counts=(1,),
+        batch=micro_batch * world,
+        sequence_length=config.sequence_length,
+        window=window_samples(corpus, config.window),
+        shuffle_blocks=config.shuffle_blocks,
+        pack=config.pack,
+    )
+    mixture = Mixture(corpus, components(corpus, weighted=False), _HELDOUT_SEED)
+    planner = Planner(documents, mixture, _HELDOUT_SEED, once=True)
+    stream = RowStream(
+        planner, documents, Deal(micro_batch * world, micro_batch, rank, world), lambda steps, tokens: stage
+    )
+    state, rows, ended = LoaderState(_HELDOUT_SEED, (stage,)), 0, False
     while not ended and (max_rows is None or rows < max_rows):
-        step = stream.step(at, packs_done)
-        at, packs_done, ended = step.window, step.packs_done, step.ended
+        step = stream.step(state)
+        state, ended = step.after, step.ended
         rows += len(step.rows)
         if any(len(row) for row in step.rows):
             mine = stream.my_rows(step)[0]
@@ -265,7 +285,8 @@ def heldout_batches(
 
 
 def _tokenizer_of(config: DataConfig) -> str | None:
-    stored = stored_tokenizer(manifest_folder(config.manifest)) if config.manifest else None
+    first = config.manifest if isinstance(config.manifest, str) else config.manifest[0]
+    stored = stored_tokenizer(manifest_folder(first)) if first else None
     return str(stored) if stored else None
 
 

@@ -8,6 +8,7 @@ Memory: O(blocks).
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,51 +63,132 @@ def _feistel(value: np.ndarray, half: np.ndarray, key: np.ndarray) -> np.ndarray
 
 
 @dataclass(frozen=True)
-class _Epoch:
+class Blocks:
+    """Blocks by their first sample and number of samples, int64 arrays of shape (blocks,)."""
+
+    firsts: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def of(cls, sizes: Sequence[int] | np.ndarray) -> Blocks:
+        """Blocks of `sizes` samples, numbered from 0."""
+        kept = np.asarray(sizes, np.int64)
+        return cls(np.cumsum(kept) - kept, kept)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """From `position` on (samples drawn before), `blocks` are there as well."""
+
+    position: int
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Equal epochs one after the other: the first is number `epoch` and starts at `position`.
+
+    An epoch passes through its segments (first block, end block) one after the other; it has several only where blocks
+    came while it was under way.
+    """
+
+    position: int
+    epoch: int
+    segments: tuple[tuple[int, int], ...]
+    length: int  # samples of an epoch
+
+
+@dataclass(frozen=True)
+class _Segment:
     order: np.ndarray  # permuted blocks
-    starts: np.ndarray  # (blocks + 1,) position in the epoch where each permuted block starts
+    starts: np.ndarray  # (blocks + 1,) position in the segment where each permuted block starts
     group_starts: np.ndarray  # (groups + 1,) position where each group starts
     key: int
 
 
 class Order:
-    """Shuffled order over blocks of `sizes` samples; sample ordinals follow the blocks' own order."""
+    """Shuffled, endless order of samples: every epoch is a permutation of all samples that are there.
 
-    def __init__(self, sizes: Sequence[int] | np.ndarray, seed: int, shuffle_blocks: int) -> None:
-        kept = np.asarray(sizes, np.int64)
-        self._firsts = np.concatenate([[0], np.cumsum(kept)])[:-1]
-        self._sizes, self._seed, self._group = kept, seed, shuffle_blocks
-        self._epochs: dict[int, _Epoch] = {}
-        self.samples_per_epoch = int(kept.sum())
+    Blocks that come while an epoch is under way are passed through at its end, so that each of its samples is drawn
+    exactly once; from the next epoch on they are mixed with the others.
+    """
 
-    def _epoch(self, epoch: int) -> _Epoch:
-        if epoch not in self._epochs:
-            count = len(self._sizes)
-            key = derive_key(self._seed, epoch, _BLOCKS)
-            order = permute(np.arange(count), np.array([count]), np.array([key], np.uint64))
-            starts = np.concatenate([[0], np.cumsum(self._sizes[order])])
-            group_starts = np.append(starts[: -1 : self._group], starts[-1])
-            kept = {k: v for k, v in self._epochs.items() if k == epoch - 1}  # a window may straddle two
-            self._epochs = kept | {epoch: _Epoch(order, starts, group_starts, key)}
-        return self._epochs[epoch]
+    def __init__(self, growth: Sequence[Growth], seed: int, shuffle_blocks: int) -> None:
+        """`growth`: what is there from which position on; the first at position 0."""
+        self._firsts = np.concatenate([g.blocks.firsts for g in growth])
+        self._sizes = np.concatenate([g.blocks.sizes for g in growth])
+        self._ends = np.concatenate([[0], np.cumsum(self._sizes)])
+        self._seed, self._group = seed, shuffle_blocks
+        self._kept: dict[tuple[int, int], _Segment] = {}
+        self._runs: list[_Run] = []
+        for number, grown in enumerate(growth):
+            self._grow(grown.position, sum(len(g.blocks) for g in growth[: number + 1]))
+        self._positions = [run.position for run in self._runs]
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples of an epoch after all growth."""
+        return self._runs[-1].length
+
+    def _run(self, position: int, epoch: int, segments: tuple[tuple[int, int], ...]) -> _Run:
+        return _Run(position, epoch, segments, sum(int(self._ends[b] - self._ends[a]) for a, b in segments))
+
+    def _grow(self, position: int, blocks: int) -> None:
+        if not self._runs:
+            self._runs = [self._run(0, 0, ((0, blocks),))]
+            return
+        while self._runs[-1].position > position:  # an epoch that has grown before, and is still under way
+            self._runs.pop()
+        last = self._runs[-1]
+        epochs, into = divmod(position - last.position, last.length)
+        start, epoch = position - into, last.epoch + epochs
+        if start == last.position:
+            self._runs.pop()
+        if into:
+            grown = self._run(start, epoch, (*last.segments, (last.segments[-1][1], blocks)))
+            self._runs.append(grown)
+            start, epoch = start + grown.length, epoch + 1
+        self._runs.append(self._run(start, epoch, ((0, blocks),)))
 
     def samples(self, start: int, stop: int) -> np.ndarray:
-        """Sample ordinals at global positions [start, stop), int64 of shape (stop - start,)."""
-        size = self.samples_per_epoch
+        """Samples at positions [start, stop), int64 of shape (stop - start,)."""
         parts, at = [np.empty(0, np.int64)], start
         while at < stop:
-            epoch, first = divmod(at, size)
-            count = min(stop - at, size - first)
-            parts.append(self._within(epoch, np.arange(first, first + count)))
+            run = self._runs[bisect.bisect_right(self._positions, at) - 1]
+            epochs, first = divmod(at - run.position, run.length)
+            count = min(stop - at, run.length - first)
+            parts.append(self._within(run, run.epoch + epochs, np.arange(first, first + count)))
             at += count
         return np.concatenate(parts)
 
     def sample_at(self, g: int) -> int:
-        """The sample at global position `g`."""
+        """The sample at position `g`."""
         return int(self.samples(g, g + 1)[0])
 
-    def _within(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        plan = self._epoch(epoch)
+    def _within(self, run: _Run, epoch: int, positions: np.ndarray) -> np.ndarray:
+        out, begin = np.empty(len(positions), np.int64), 0
+        for first, end in run.segments:
+            size = int(self._ends[end] - self._ends[first])
+            here = (positions >= begin) & (positions < begin + size)
+            if here.any():
+                out[here] = self._moved(self._segment(epoch, first, end), positions[here] - begin)
+            begin += size
+        return out
+
+    def _segment(self, epoch: int, first: int, end: int) -> _Segment:
+        if (epoch, first) not in self._kept:
+            key = derive_key(self._seed, epoch, _BLOCKS, *((first,) if first else ()))
+            order = first + permute(np.arange(end - first), np.array([end - first]), np.array([key], np.uint64))
+            starts = np.concatenate([[0], np.cumsum(self._sizes[order])])
+            group_starts = np.append(starts[: -1 : self._group], starts[-1])
+            kept = {k: v for k, v in self._kept.items() if k[0] >= epoch - 1}  # a window may straddle two
+            self._kept = kept | {(epoch, first): _Segment(order, starts, group_starts, key)}
+        return self._kept[epoch, first]
+
+    def _moved(self, plan: _Segment, positions: np.ndarray) -> np.ndarray:
         group = np.searchsorted(plan.group_starts, positions, side="right") - 1
         begin = plan.group_starts[group]
         keys = _mix(np.uint64(derive_key(plan.key, _SAMPLES)) ^ group.astype(np.uint64))

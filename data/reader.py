@@ -17,6 +17,7 @@ import numpy as np
 from millrace.core.errors import UserError
 from millrace.core.registry import lookup
 from millrace.data import SOURCES
+from millrace.data.corpus import Corpus
 from millrace.data.index import Entries
 from millrace.data.manifest import Manifest
 from millrace.data.sources.base import BadSample, Content, Source, checksum
@@ -34,24 +35,24 @@ def file_sha256(path: Path) -> str:
 
 
 class ShardReader:
-    """Reads samples of a manifest by ordinal; callable from several threads at once."""
+    """Reads samples of a corpus; callable from several threads at once."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        self._sources: dict[str, Source] = {}
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self._sources: dict[tuple[Manifest, str], Source] = {}
         self._blobs: OrderedDict[int, Blob] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, samples: np.ndarray) -> dict[int, Content]:
-        """Contents of `samples` (unique ordinals, ascending), read in the order in which they lie.
+        """Contents of `samples` (unique, ascending), read in the order in which they lie.
 
         What was read is compared with the manifest's checksum; a sample that differs twice is bad.
 
         Raises:
             UserError: a shard is missing or has another size.
         """
-        entries = self.manifest.entries(samples)
-        shard = self.manifest.shard_of(samples)
+        entries = self.corpus.entries(samples)
+        shard = self.corpus.shard_of(samples)
         contents: dict[int, Content] = {}
         for number in np.unique(shard).tolist():
             here = np.flatnonzero(shard == number)
@@ -69,19 +70,20 @@ class ShardReader:
 
     def _read(self, number: int, entries: Entries, here: np.ndarray) -> list[Content]:
         places = list(zip(entries.at[here].tolist(), entries.extent[here].tolist(), strict=True))
+        manifest, place = self.corpus.shard(number)
         try:
-            return self._source(self.manifest.shards[number].kind).read(self._blob(number), places)
+            return self._source(manifest, manifest.shards[place].kind).read(self._blob(number), places)
         except StoreError as error:
             raise UserError(
-                f"cannot read a shard of the manifest {self.manifest.folder}: {error}; put it back, or run "
+                f"cannot read a shard of the manifest {manifest.folder}: {error}; put it back, or run "
                 "`millrace prepare` into a new folder"
             ) from None
 
-    def _source(self, kind: str) -> Source:
+    def _source(self, manifest: Manifest, kind: str) -> Source:
         with self._lock:
-            if kind not in self._sources:
-                self._sources[kind] = lookup(SOURCES, kind, "source")(self.manifest.columns)
-            return self._sources[kind]
+            if (manifest, kind) not in self._sources:
+                self._sources[manifest, kind] = lookup(SOURCES, kind, "source")(manifest.columns)
+            return self._sources[manifest, kind]
 
     def _blob(self, number: int) -> Blob:
         """The shard, opened at first use; raises `UserError` where its size is not the manifest's."""
@@ -90,11 +92,12 @@ class ShardReader:
             if blob is not None:
                 self._blobs.move_to_end(number)
                 return blob
-        shard, blob = self.manifest.shards[number], open_blob(self.manifest.shard_url(number))
-        if blob.size != shard.size:
+        manifest, place = self.corpus.shard(number)
+        blob, size = open_blob(manifest.shard_url(place)), manifest.shards[place].size
+        if blob.size != size:
             raise UserError(
-                f"the shard {blob.url} is not the file that {self.manifest.folder} was prepared from: "
-                f"size {blob.size} (expected {shard.size}); restore it, or run `millrace prepare` into a new folder"
+                f"the shard {blob.url} is not the file that {manifest.folder} was prepared from: "
+                f"size {blob.size} (expected {size}); restore it, or run `millrace prepare` into a new folder"
             )
         with self._lock:
             self._blobs[number] = blob
@@ -106,7 +109,7 @@ class ShardReader:
         """Read a shard anew from now on, not from what is kept of it in memory or in the cache."""
         with self._lock:
             self._blobs.pop(number, None)
-            self._sources.pop(self.manifest.shards[number].kind, None)
+            self._sources.clear()
 
 
 def _differs(content: Content, check: int) -> bool:
@@ -123,10 +126,10 @@ class _Held:
 class Documents:
     """Documents with their borders, [BOS] d1 … dn [EOS], for the rows that a rank will build."""
 
-    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, max_bad: int | None = None) -> None:
-        self.reader = ShardReader(manifest)
-        self._manifest, self._tokenizer = manifest, tokenizer
-        self._budget = max(10, manifest.samples // 1000) if max_bad is None else max_bad
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, max_bad: int | None = None) -> None:
+        self.reader = ShardReader(corpus)
+        self._corpus, self._tokenizer = corpus, tokenizer
+        self._budget = max(10, corpus.samples // 1000) if max_bad is None else max_bad
         self._held: dict[int, _Held] = {}
         self._bad: dict[int, str] = {}
         self._news: list[dict[str, object]] = []
@@ -196,7 +199,7 @@ class Documents:
         if sample in self._bad:
             return
         self._bad[sample] = why
-        self._news.append({"sample": sample, "shard": self._shard(sample), "why": why})
+        self._news.append({"sample": sample, "shard": self._corpus.shard_url(sample), "why": why})
         self._check_budget()
 
     def _check_budget(self) -> None:
@@ -204,11 +207,9 @@ class Documents:
             sample, why = list(self._bad.items())[-1]
             raise UserError(
                 f"{len(self._bad)} samples could not be used, more than data.max_bad_samples = {self._budget}"
-                f" allows; last: sample {sample} of {self._shard(sample)}: {why}. Prepare data again, or raise it"
+                f" allows; last: sample {sample} of {self._corpus.shard_url(sample)}: {why}. Prepare data again, "
+                "or raise it"
             )
-
-    def _shard(self, sample: int) -> str:
-        return self._manifest.shard_url(int(self._manifest.shard_of(np.array([sample]))[0]))
 
 
 def _text_of(content: Content) -> str | np.ndarray | BadSample:

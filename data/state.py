@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from millrace.core.errors import UserError
 
-VERSION = 1
+VERSION = 2
+
+# What may differ from one stage to the next. Anything else that changed means another stream.
+_MAY_CHANGE = ("start_window", "manifests", "components", "counts", "batch", "sequence_length")
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,9 @@ class Stage:
     """What the plan depends on from window `start_window` on (until the next stage starts)."""
 
     start_window: int
-    manifest: str  # fingerprint
-    weights: tuple[float, ...]
+    manifests: tuple[str, ...]  # fingerprints
+    components: tuple[str, ...]  # what is mixed
+    counts: tuple[int, ...]  # samples of each component in a mixture block
     batch: int  # rows in a global step
     sequence_length: int
     window: int  # samples
@@ -33,12 +37,15 @@ class LoaderState:
     stages: tuple[Stage, ...]
     window: int = 0
     packs_done: int = 0
+    steps: int = 0  # consumed
+    tokens: int = 0  # planned in all windows before `window`
     version: int = VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         out = asdict(self)
-        out["stages"] = [stage | {"weights": list(stage["weights"])} for stage in out["stages"]]
+        lists = ("manifests", "components", "counts")
+        out["stages"] = [stage | {name: list(stage[name]) for name in lists} for stage in out["stages"]]
         return out
 
     @classmethod
@@ -54,23 +61,29 @@ class LoaderState:
                 "resume with the release that wrote the checkpoint"
             )
         try:
-            stages = tuple(Stage(**{**s, "weights": tuple(s["weights"])}) for s in saved["stages"])
-            return cls(**{**saved, "stages": stages})
+            plain: list[dict[str, Any]] = [
+                {k: tuple(v) if isinstance(v, list) else v for k, v in s.items()} for s in saved["stages"]
+            ]
+            return cls(**{**saved, "stages": tuple(Stage(**stage) for stage in plain)})
         except (KeyError, TypeError) as error:
             raise UserError(f"the loader state in the checkpoint is damaged: {error}") from None
 
-    def check(self, stage: Stage, seed: int) -> None:
-        """Refuse to continue with another plan than the one that was begun.
+    def check(self, wanted: Stage, seed: int, may_change: Sequence[str] = _MAY_CHANGE) -> None:
+        """Refuse to continue with another plan than the one that was begun; a field of `may_change` may differ.
 
         Raises:
-            UserError: the seed or a field of the last stage differs; every difference is named.
+            UserError: the seed or a field that may not change differs, or components are gone; every one is named.
         """
         last = self.stages[-1]
         pairs = {"seed": (self.seed, seed)} | {
-            name: (getattr(last, name), getattr(stage, name))
+            name: (getattr(last, name), getattr(wanted, name))
             for name in last.__dataclass_fields__
-            if name != "start_window"
+            if name not in may_change
         }
+        for name in ("manifests", "components"):
+            old, new = getattr(last, name), getattr(wanted, name)
+            if len(new) < len(old) or (name == "components" and new[: len(old)] != old):
+                pairs[name] = (list(old), list(new))
         changed = [f"{name} was {old!r} and is now {new!r}" for name, (old, new) in pairs.items() if old != new]
         if changed:
             raise UserError(

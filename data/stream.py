@@ -1,15 +1,18 @@
-"""The stream of rows: windows of the order, packed, cut into global steps and dealt to ranks."""
+"""The stream of rows: windows of the mixture, packed, cut into global steps and dealt to ranks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from millrace.data.manifest import Manifest
-from millrace.data.order import Order, derive_key
+from millrace.data.corpus import Corpus
+from millrace.data.mixture import Mixture
+from millrace.data.order import derive_key
 from millrace.data.packing import Packs, pack
 from millrace.data.reader import Documents
+from millrace.data.state import LoaderState, Stage
 
 _WINDOW_BYTES = 16 * 2**20  # a window's expected text; windows of long documents hold fewer samples
 _ROWS = 3  # purpose of the key that permutes a window's rows
@@ -18,10 +21,10 @@ _ROWS = 3  # purpose of the key that permutes a window's rows
 NO_SPANS = np.empty((0, 5), np.int64)
 
 
-def window_samples(manifest: Manifest, wanted: int) -> int:
+def window_samples(corpus: Corpus, wanted: int) -> int:
     """Samples in a window: `wanted`, at most an epoch, and fewer where documents are long."""
-    mean = max(manifest.bytes / manifest.samples, 1)
-    return max(1, min(wanted, manifest.samples, int(_WINDOW_BYTES / mean)))
+    mean = max(corpus.bytes / corpus.samples, 1)
+    return max(1, min(wanted, corpus.samples, int(_WINDOW_BYTES / mean)))
 
 
 @dataclass(frozen=True)
@@ -40,41 +43,34 @@ class Window:
         return np.split(planned, (offsets - begin)[1:-1])
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How windows are cut; `seed` permutes the rows of a window, `once` ends the stream after one pass."""
-
-    window: int  # samples
-    sequence_length: int
-    pack: bool
-    seed: int
-    once: bool = False
-
-
 class Planner:
-    """Plans any window from its number alone; every rank makes the same plan."""
+    """Plans any window from its number and the stages alone; every rank makes the same plan.
 
-    def __init__(self, documents: Documents, order: Order, layout: Layout) -> None:
-        self._manifest = documents.reader.manifest
-        self._documents, self._order, self._layout = documents, order, layout
-        self._planned: tuple[int, Window] | None = None
+    `once` ends the stream after one pass.
+    """
 
-    def window(self, number: int) -> Window:
-        """Plan window `number`; without rows when it lies behind the end of a single pass."""
-        if self._planned is None or self._planned[0] != number:
-            self._planned = number, self._plan(number)
-        return self._planned[1]
+    def __init__(self, documents: Documents, mixture: Mixture, seed: int, once: bool = False) -> None:
+        self._corpus, self._documents, self._mixture = documents.reader.corpus, documents, mixture
+        self._seed, self._once = seed, once
+        self._planned: tuple[tuple[Stage, ...], int, Window] | None = None
 
-    def _plan(self, number: int) -> Window:
-        layout, counted = self._layout, self._manifest.tokenizer is not None
-        start, stop = number * layout.window, (number + 1) * layout.window
-        if layout.once:
-            start, stop = min(start, self._manifest.samples), min(stop, self._manifest.samples)
-        samples = self._order.samples(start, stop)
-        entries = self._manifest.entries(samples)
+    def window(self, stages: tuple[Stage, ...], number: int) -> Window:
+        """Plan window `number` of the last stage; without rows when it lies behind the end of a single pass."""
+        if self._planned is None or self._planned[:2] != (stages, number):
+            self._planned = stages, number, self._plan(stages, number)
+        return self._planned[2]
+
+    def _plan(self, stages: tuple[Stage, ...], number: int) -> Window:
+        stage, counted = stages[-1], self._corpus.counted
+        start = (number - stage.start_window) * stage.window
+        stop = start + stage.window
+        if self._once:
+            start, stop = min(start, self._corpus.samples), min(stop, self._corpus.samples)
+        samples = self._mixture.samples(stages, start, stop)
+        entries = self._corpus.entries(samples)
         costs = entries.tokens if counted else self._measure(samples)
-        key = derive_key(layout.seed, number, _ROWS)
-        packs = pack(costs, layout.sequence_length, layout.pack and counted, key)
+        key = derive_key(self._seed, number, _ROWS)
+        packs = pack(costs, stage.sequence_length, stage.pack and counted, key)
         return Window(np.stack([samples, costs, entries.bytes], axis=1), packs)
 
     def _measure(self, samples: np.ndarray) -> np.ndarray:
@@ -89,7 +85,7 @@ class Planner:
 class Deal:
     """How the rows of a global step are dealt: row (accumulation * world + rank) * micro_batch + m."""
 
-    batch_rows: int
+    batch_rows: int  # wanted now; the steps of an earlier stage may have another number
     micro_batch: int
     rank: int
     world: int
@@ -101,40 +97,64 @@ class Deal:
 
 @dataclass(frozen=True)
 class Step:
-    """A planned step (a single pass fills its last up with rows without spans), and where the next begins."""
+    """A planned step (rows without spans fill up the last of a single pass, or of a stage), and the state after it."""
 
     rows: list[np.ndarray]
-    window: int
-    packs_done: int
+    sequence_length: int
+    after: LoaderState
     ended: bool
+
+
+Wanted = Callable[[int, int], Stage]
+"""The stage that the configuration asks for after (steps, tokens)."""
 
 
 class RowStream:
     """Cuts windows into steps and announces to `documents` what this rank will need, a window at a time."""
 
-    def __init__(self, planner: Planner, documents: Documents, deal: Deal) -> None:
-        self._planner, self._documents, self.deal = planner, documents, deal
+    def __init__(self, planner: Planner, documents: Documents, deal: Deal, wanted: Wanted) -> None:
+        self._planner, self._documents, self.deal, self._wanted = planner, documents, deal, wanted
         self._announced = -1
 
-    def step(self, window: int, packs_done: int) -> Step:
-        """Plan the step that begins at row `packs_done` of `window`; steps must be asked for in sequence."""
+    def step(self, state: LoaderState) -> Step:
+        """Plan the step after `state`; steps must be asked for in sequence."""
         rows: list[np.ndarray] = []
-        while len(rows) < self.deal.batch_rows:
-            plan = self._planner.window(window)
+        now = self._at_border(state, state.steps) if state.packs_done == 0 else state
+        first, ended = now.stages[-1], False
+        while len(rows) < first.batch:
+            stage = now.stages[-1]
+            if (stage.batch, stage.sequence_length) != (first.batch, first.sequence_length):
+                break  # the step ends with its stage
+            plan = self._planner.window(now.stages, now.window)
             if not len(plan.packs):
+                ended = True
                 break
-            self._announce(plan, window, packs_done, len(rows))
-            stop = min(len(plan.packs), packs_done + self.deal.batch_rows - len(rows))
-            rows += plan.rows(packs_done, stop)
-            window, packs_done = (window + 1, 0) if stop == len(plan.packs) else (window, stop)
-        ended = len(rows) < self.deal.batch_rows
-        return Step(rows + [NO_SPANS] * (self.deal.batch_rows - len(rows)), window, packs_done, ended)
+            self._announce(plan, now, len(rows))
+            stop = min(len(plan.packs), now.packs_done + first.batch - len(rows))
+            rows += plan.rows(now.packs_done, stop)
+            now = replace(now, packs_done=stop)
+            if stop == len(plan.packs):
+                costs = int(plan.documents[:, 1].sum())
+                now = replace(now, window=now.window + 1, packs_done=0, tokens=now.tokens + costs)
+                if len(rows) < first.batch:
+                    now = self._at_border(now, state.steps)
+        padded = rows + [NO_SPANS] * (first.batch - len(rows))
+        return Step(padded, first.sequence_length, replace(now, steps=state.steps + 1), ended)
 
-    def _announce(self, plan: Window, number: int, first: int, filled: int) -> None:
-        if number <= self._announced:
+    def _at_border(self, state: LoaderState, steps: int) -> LoaderState:
+        """Begin a new stage at this window where the configuration asks for another than the last."""
+        wanted, last = self._wanted(steps, state.tokens), state.stages[-1]
+        if replace(wanted, start_window=last.start_window) == last:
+            return state
+        wanted = replace(wanted, start_window=state.window)
+        begun = state.stages[:-1] if last.start_window == state.window else state.stages  # a stage without windows
+        return replace(state, stages=(*begun, wanted))
+
+    def _announce(self, plan: Window, now: LoaderState, filled: int) -> None:
+        if now.window <= self._announced:
             return
-        self._announced = number
-        positions = (filled + np.arange(len(plan.packs) - first)) % self.deal.batch_rows
+        self._announced, first, batch = now.window, now.packs_done, now.stages[-1].batch
+        positions = (filled + np.arange(len(plan.packs) - first)) % batch
         rows = plan.rows(first, len(plan.packs))
         spans = [rows[i] for i in np.flatnonzero(self.deal.mine(positions))]
         self._documents.expect(np.concatenate([NO_SPANS, *spans])[:, 0])
@@ -142,5 +162,5 @@ class RowStream:
     def my_rows(self, step: Step) -> list[list[np.ndarray]]:
         """This rank's rows, a list for each micro-batch."""
         size = self.deal.micro_batch
-        starts = range(self.deal.rank * size, self.deal.batch_rows, self.deal.world * size)
+        starts = range(self.deal.rank * size, len(step.rows), self.deal.world * size)
         return [step.rows[start : start + size] for start in starts]

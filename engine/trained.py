@@ -100,7 +100,7 @@ class Trained:
             "path": str(self.checkpoint.path),
             "step": self.checkpoint.step,
             "run_id": trainer.get("run_id"),
-            "manifest": stages[-1].get("manifest"),
+            "manifests": stages[-1].get("manifests"),
         }
 
     def _check(self) -> None:

@@ -20,6 +20,7 @@ import torch
 from millrace.core.errors import UserError
 from millrace.core.registry import lookup
 from millrace.data import SOURCES
+from millrace.data.corpus import Corpus
 from millrace.data.inputs import resolve
 from millrace.data.manifest import Manifest
 from millrace.data.reader import ShardReader
@@ -182,7 +183,7 @@ def read_documents(path: str | Path, tokenizer: Tokenizer) -> Iterator[Document]
 def _of_manifest(manifest: Manifest, tokenizer: Tokenizer) -> Iterator[Document]:
     if "tokens" in manifest.columns:
         manifest.check_tokenizer(tokenizer.sha256, "of the model")
-    reader = ShardReader(manifest)
+    reader = ShardReader(Corpus([manifest]))
     for start in range(0, manifest.samples, 256):
         samples = np.arange(start, min(start + 256, manifest.samples))
         contents, sizes = reader.read(samples), manifest.entries(samples).bytes

@@ -14,7 +14,7 @@ import numpy as np
 from millrace.core.errors import UserError
 from millrace.data.batch import IGNORED, MicroBatch, StepBatch, to_spans
 from millrace.data.loader import check_batch
-from millrace.data.order import Order, derive_key
+from millrace.data.order import Blocks, Growth, Order, derive_key
 from millrace.data.packing import Packs, pack
 from millrace.data.state import LoaderState, Stage
 from millrace.data.stream import Deal, RowStream, Window
@@ -63,11 +63,11 @@ class ExamplePlanner:
         self._bytes = np.array([e.bytes for e in examples], np.int64)
         self._layout = layout
         self.size = min(WINDOW, len(examples))
-        self._order = Order([len(examples)], layout.seed, 1)
+        self._order = Order([Growth(0, Blocks.of([len(examples)]))], layout.seed, 1)
         self._planned: tuple[int, Window] | None = None
 
-    def window(self, number: int) -> Window:
-        """Plan window `number`; without rows behind the end of a single pass."""
+    def window(self, _stages: tuple[Stage, ...], number: int) -> Window:
+        """Plan window `number` (there is one stage); without rows behind the end of a single pass."""
         if self._planned is None or self._planned[0] != number:
             self._planned = number, self._plan(number)
         return self._planned[1]
@@ -87,7 +87,7 @@ class ExamplePlanner:
 
     def rows(self, epochs: int) -> int:
         """Rows of the windows that hold the first `epochs` epochs."""
-        return sum(len(self.window(n).packs) for n in range(-(-epochs * len(self._costs) // self.size)))
+        return sum(len(self.window((), n).packs) for n in range(-(-epochs * len(self._costs) // self.size)))
 
 
 class _InMemory:
@@ -111,27 +111,18 @@ class ExampleLoader:
         assert layout.seed is not None
         self._examples, self._layout, self._pad = examples, layout, pad
         self.planner = ExamplePlanner(examples, layout)
-        stage = Stage(
-            start_window=0,
-            manifest=fingerprint(examples),
-            weights=(1.0,),
-            batch=deal.batch_rows,
-            sequence_length=layout.length,
-            window=self.planner.size,
-            shuffle_blocks=1,
-            pack=layout.pack,
-        )
+        stage = _stage(self.planner, layout, deal, fingerprint(examples))
         self.state = state or LoaderState(layout.seed, (stage,))
-        self.state.check(stage, layout.seed)
-        self._stream = RowStream(self.planner, _InMemory(), deal)  # type: ignore[arg-type]
+        self.state.check(stage, layout.seed, may_change=())
+        self._stream = RowStream(self.planner, _InMemory(), deal, lambda steps, tokens: stage)  # type: ignore[arg-type]
 
     def __iter__(self) -> ExampleLoader:
         return self
 
     def __next__(self) -> StepBatch:
-        step = self._stream.step(self.state.window, self.state.packs_done)
+        step = self._stream.step(self.state)
         micro = [collate(rows, self._examples, self._layout, self._pad) for rows in self._stream.my_rows(step)]
-        self.state = LoaderState(self.state.seed, self.state.stages, step.window, step.packs_done)
+        self.state = step.after
         return StepBatch(
             micro_batches=micro,
             local_tokens=sum(int((m.labels_BT != IGNORED).sum()) for m in micro),
@@ -144,6 +135,20 @@ class ExampleLoader:
         return -(-self.planner.rows(epochs) // self._stream.deal.batch_rows)
 
 
+def _stage(planner: ExamplePlanner, layout: Layout, deal: Deal, name: str) -> Stage:
+    return Stage(
+        start_window=0,
+        manifests=(name,),
+        components=("examples",),
+        counts=(1,),
+        batch=deal.batch_rows,
+        sequence_length=layout.length,
+        window=planner.size,
+        shuffle_blocks=1,
+        pack=layout.pack,
+    )
+
+
 def heldout_batches(
     examples: Sequence[Example], layout: Layout, deal: Deal, *, pad: int, max_rows: int | None
 ) -> Iterator[tuple[MicroBatch, int]]:
@@ -151,12 +156,13 @@ def heldout_batches(
 
     `deal.batch_rows` is one micro-batch for each rank.
     """
-    stream = RowStream(ExamplePlanner(examples, layout), _InMemory(), deal)  # type: ignore[arg-type]
-    window = done = rows = 0
-    ended = False
+    planner = ExamplePlanner(examples, layout)
+    stage = _stage(planner, layout, deal, "")
+    stream = RowStream(planner, _InMemory(), deal, lambda steps, tokens: stage)  # type: ignore[arg-type]
+    state, rows, ended = LoaderState(layout.seed, (stage,)), 0, False
     while not ended and (max_rows is None or rows < max_rows):
-        step = stream.step(window, done)
-        window, done, ended = step.window, step.packs_done, step.ended
+        step = stream.step(state)
+        state, ended = step.after, step.ended
         rows += len(step.rows)
         if any(len(row) for row in step.rows):
             mine = stream.my_rows(step)[0]

@@ -276,7 +276,7 @@ def _start_record(parts: Parts, prepared: Prepared, precision: str, found: Check
         "zero_stage": parts.engine.ds.zero_optimization_stage(),
         "precision": precision,
         "resumed_from": None if found is None else parts.point.step,
-        "manifest": parts.loader.state.stages[-1].manifest,
+        "manifests": list(parts.loader.state.stages[-1].manifests),
         "source": prepared.base,
         "examples": {"train": len(prepared.train), "heldout": len(prepared.heldout)},
         "params": _count(parts.engine.objective, trained=False),

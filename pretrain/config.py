@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,11 +109,11 @@ def resolve(config: PretrainConfig, world: int) -> Derived:
     return Derived(accumulation=rows // world)
 
 
-def fingerprint(config: PretrainConfig, manifest: str) -> dict[str, Any]:
+def fingerprint(config: PretrainConfig, manifests: Sequence[str]) -> dict[str, Any]:
     """What may not change between two starts of one run; the rest may (stage, precision, ranks, duration, tracking)."""
     whole = to_dict(config)
     return {
-        "manifest": manifest,
+        "manifests": list(manifests),
         "seed": config.run.seed,
         "model": {k: v for k, v in whole["model"].items() if k != "attention"},
         "objective": whole["objective"],

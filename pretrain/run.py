@@ -14,8 +14,8 @@ from millrace.core.ledger import read_event
 from millrace.core.registry import lookup
 from millrace.core.rundir import RunDir, write_atomic
 from millrace.core.units import fmt_count
-from millrace.data.loader import Loader, build_loader, heldout_batches, heldout_manifest
-from millrace.data.manifest import Manifest
+from millrace.data.corpus import Corpus
+from millrace.data.loader import Loader, build_loader, heldout_batches, heldout_manifests
 from millrace.data.state import LoaderState
 from millrace.engine.checkpoint.read import Checkpoint, load_checkpoint, open_newest, remove_leftovers
 from millrace.engine.distributed import World, join_world, leave_world, world_size
@@ -61,12 +61,12 @@ def pretrain(config: PretrainConfig) -> int:
 
 
 def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precision: str) -> int:
-    manifest = Manifest.load(config.data.manifest)
+    corpus = Corpus.load(config.data.manifest)
     rundir = RunDir(Path(config.run.dir) / config.run.name)
     with build_loader_at(config, world, None) as probe:
         tokenizer = probe.tokenizer
     check_packable(hf_config(config.model, tokenizer.vocab_size, config.data.sequence_length).model_type)
-    run_id = world.on_main(lambda: _claim(config, rundir, manifest))
+    run_id = world.on_main(lambda: _claim(config, rundir, corpus))
     engine, model = build_engine(config, world, settings, tokenizer.vocab_size)
     found, rejected = open_newest(rundir.checkpoints, world)
     point, state, steps = _resume(found, engine)
@@ -83,7 +83,7 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
             rundir=rundir,
             tracker=tracker,
             files=files,
-            bytes_per_token=manifest.bytes / manifest.tokens if manifest.tokens else 1.0,
+            bytes_per_token=corpus.bytes / corpus.tokens if corpus.tokens else 1.0,
             flops_per_token=flops_per_token(model.config, config.data.sequence_length),
             peak_flops=peak,
             heldout=_heldout(config, world),
@@ -94,7 +94,7 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
         loader.exclude(world.on_main(lambda: _quarantined(rundir)))
         if found is not None:
             tracker.log("resume", step=point.step, **{"from": str(found.path)}, rejected=rejected)
-        tracker.log("start", **_start_record(parts, model, (run_id, precision, steps), manifest))
+        tracker.log("start", **_start_record(parts, model, (run_id, precision, steps), corpus))
         if world.main:
             write_atomic(rundir.config, to_toml(config))
             _announce(parts, model, precision)
@@ -138,8 +138,8 @@ def build_engine(config: PretrainConfig, world: World, settings: dict[str, Any],
     return engine, model
 
 
-def _claim(config: PretrainConfig, rundir: RunDir, manifest: Manifest) -> str:
-    run_id = rundir.claim(fingerprint(config, manifest.fingerprint))
+def _claim(config: PretrainConfig, rundir: RunDir, corpus: Corpus) -> str:
+    run_id = rundir.claim(fingerprint(config, corpus.fingerprints))
     remove_leftovers(rundir.checkpoints)
     rundir.outcome.unlink(missing_ok=True)
     return run_id
@@ -165,7 +165,7 @@ def run_files(config: PretrainConfig, hf_config: Any, tokenizer: Any) -> dict[st
 
 
 def _heldout(config: PretrainConfig, world: World) -> Callable[[], Iterator[Any]] | None:
-    if heldout_manifest(config.data) is None:
+    if not heldout_manifests(config.data):
         return None
     rows = config.eval.rows or None
     return lambda: heldout_batches(config.data, config.train.micro_batch, world.rank, world.size, rows)
@@ -183,7 +183,7 @@ def _sampler(config: PretrainConfig, model: Any, tokenizer: Any) -> Callable[[],
     return sample
 
 
-def _start_record(parts: Parts, model: Any, how: tuple[str, str, int | None], manifest: Manifest) -> dict[str, Any]:
+def _start_record(parts: Parts, model: Any, how: tuple[str, str, int | None], corpus: Corpus) -> dict[str, Any]:
     run_id, precision, resumed = how
     ds = parts.engine.ds
     return {
@@ -192,7 +192,7 @@ def _start_record(parts: Parts, model: Any, how: tuple[str, str, int | None], ma
         "zero_stage": ds.zero_optimization_stage(),
         "precision": precision,
         "resumed_from": resumed,
-        "manifest": manifest.fingerprint,
+        "manifests": list(corpus.fingerprints),
         "params": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         "flops_per_token": parts.flops_per_token,
         "peak_flops": parts.peak_flops,

@@ -17,6 +17,7 @@ import pytest
 
 from millrace.core.errors import UserError
 from millrace.data import inputs, units
+from millrace.data.corpus import Corpus
 from millrace.data.manifest import Manifest
 from millrace.data.prepare import PrepareConfig, Summary, prepare
 from millrace.data.reader import ShardReader
@@ -36,7 +37,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def texts_of(folder: Path) -> list[Any]:
     manifest = Manifest.load(folder)
-    contents = ShardReader(manifest).read(np.arange(manifest.samples)).values()
+    contents = ShardReader(Corpus([manifest])).read(np.arange(manifest.samples)).values()
     return [content.get("tokens", content.get("text")) for content in contents]
 
 

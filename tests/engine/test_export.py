@@ -55,7 +55,7 @@ def test_logits_equal_those_in_training_on_two_ranks(kind: str, trained: Path, t
     difference = (model.eval()(input_ids=kept["ids"]).logits - kept["logits"]).abs().max()
     print(f"{kind}: largest difference of logits {difference:.1e} of {kept['logits'].abs().max():.1f}")
     assert difference <= 1e-5
-    assert summary.source["step"] == 1 and summary.source["manifest"]
+    assert summary.source["step"] == 1 and summary.source["manifests"]
     assert summary.parameters == sum(p.numel() for p in model.parameters())
 
 

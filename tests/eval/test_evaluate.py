@@ -34,7 +34,7 @@ def test_eval_writes_a_result_and_shows_tables(run: Path, files: Path, capsys: C
     assert "bits per byte" in shown.err and "acc_norm" in shown.err and "step 7" in shown.err
     result = json.loads(out.read_text())
     assert result["format"] == "millrace-eval"
-    assert result["source"]["step"] == 7 and result["source"]["manifest"] == "f00d"
+    assert result["source"]["step"] == 7 and result["source"]["manifests"] == ["f00d"]
     assert result["source"]["dtype"] == "fp32" or result["source"]["device"] == "cuda"
     assert result["text"][text]["bytes"] == len(TEXT[0]) and result["text"][text]["bits_per_byte"] > 0
     assert result["tasks"]["turns"]["samples"] == 4 and result["request"]["batch"] == 2

@@ -32,7 +32,7 @@ def test_run_checkpoint_and_export_are_the_same_model(kind: str, tmp_path: Path)
         assert subject.tokenizer.sha256 == small_tokenizer().sha256
         assert subject.description["parameters"] == sum(p.numel() for p in model.parameters())
     assert open_subject(path).description["step"] == 7
-    assert open_subject(path).description["manifest"] == "f00d"
+    assert open_subject(path).description["manifests"] == ["f00d"]
 
 
 def test_tied_weights_stay_one_tensor(tmp_path: Path) -> None:

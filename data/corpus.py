@@ -1,0 +1,156 @@
+"""A corpus: one manifest or several, with sample numbers that stay valid when shards or manifests are added."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from millrace.core.errors import UserError
+from millrace.data.index import COLUMNS, Entries
+from millrace.data.manifest import Manifest
+from millrace.data.order import Blocks
+
+_BITS = 40  # a sample is (manifest << 40) + its ordinal there
+
+
+@dataclass(frozen=True)
+class Source:
+    """One named source of a manifest, and what it holds."""
+
+    name: str
+    manifest: int
+    number: int  # in the manifest
+    samples: int
+    bytes: int
+    tokens: int
+
+
+class Corpus:
+    """Manifests read as one."""
+
+    def __init__(self, manifests: Sequence[Manifest]) -> None:
+        self.manifests = list(manifests)
+        first = self.manifests[0]
+        for other in self.manifests[1:]:
+            if other.columns.keys() != first.columns.keys() or other.tokenizer != first.tokenizer:
+                raise UserError(
+                    f"{first.folder} and {other.folder} do not go together: columns {sorted(first.columns)} and "
+                    f"{sorted(other.columns)}, tokenizer {str(first.tokenizer)[:12]} and {str(other.tokenizer)[:12]}; "
+                    "prepare them with the same --tokenizer and options"
+                )
+        self.samples = sum(m.samples for m in self.manifests)
+        self.bytes = sum(m.bytes for m in self.manifests)
+        self.tokens = sum(m.tokens for m in self.manifests)  # targets in an epoch; 0 when not counted
+        self.counted = first.tokenizer is not None
+        self.fingerprints = tuple(m.fingerprint for m in self.manifests)
+
+    @classmethod
+    def load(cls, paths: str | Sequence[str]) -> Corpus:
+        """Read manifest folders.
+
+        Raises:
+            UserError: as `Manifest.load`, or manifests that do not go together.
+        """
+        return cls([Manifest.load(path) for path in ([paths] if isinstance(paths, str) else paths)])
+
+    @property
+    def folder(self) -> str:
+        """Where it lies, for messages."""
+        return ", ".join(str(m.folder) for m in self.manifests)
+
+    def sources(self) -> list[Source]:
+        """All sources of all manifests.
+
+        Raises:
+            UserError: a name that two of them share.
+        """
+        found = [
+            Source(s["name"], number, place, s["documents"], s["bytes"], s["tokens"])
+            for number, manifest in enumerate(self.manifests)
+            for place, s in enumerate(manifest.sources)
+        ]
+        names = [source.name for source in found]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(
+                    f"two sources of {self.folder} are named '{name}'; prepare one again as OTHERNAME=FILES"
+                )
+        return found
+
+    def entries(self, samples: np.ndarray) -> Entries:
+        """Index entries of `samples` (any order)."""
+        if len(self.manifests) == 1:
+            return self.manifests[0].entries(samples)
+        out = np.empty((len(COLUMNS), len(samples)), np.int64)
+        for number, here in self._split(samples):
+            found = self.manifests[number].entries(samples[here] & _ORDINAL)
+            out[:, here] = [getattr(found, name) for name in COLUMNS]
+        return Entries(*out)
+
+    def shard_of(self, samples: np.ndarray) -> np.ndarray:
+        """(manifest << 40) + number of the shard that holds each sample."""
+        out = np.empty(len(samples), np.int64)
+        for number, here in self._split(samples):
+            out[here] = (number << _BITS) + self.manifests[number].shard_of(samples[here] & _ORDINAL)
+        return out
+
+    def shard(self, number: int) -> tuple[Manifest, int]:
+        """The manifest, and the number in it, of a shard that `shard_of` named."""
+        return self.manifests[number >> _BITS], number & _ORDINAL
+
+    def shard_url(self, sample: int) -> str:
+        """Where the shard lies that holds `sample`."""
+        manifest, number = self.shard(int(self.shard_of(np.array([sample]))[0]))
+        return manifest.shard_url(number)
+
+    def blocks(self, fingerprints: Sequence[str], source: Source | None) -> Blocks:
+        """Blocks of one source (None: of all) in the manifests as they were when they had these `fingerprints`.
+
+        Raises:
+            UserError: a manifest that never had its fingerprint.
+        """
+        parts = [
+            _blocks(manifest, self._shards_at(manifest, fingerprint), number, source)
+            for number, (manifest, fingerprint) in enumerate(zip(self.manifests, fingerprints, strict=False))
+        ]
+        return Blocks(np.concatenate([p.firsts for p in parts]), np.concatenate([p.sizes for p in parts]))
+
+    def check(self, fingerprints: Sequence[str]) -> None:
+        """Refuse another corpus than the one that had these `fingerprints`, or than it with shards appended.
+
+        Raises:
+            UserError: a manifest that never had its fingerprint.
+        """
+        for manifest, fingerprint in zip(self.manifests, fingerprints, strict=False):
+            self._shards_at(manifest, fingerprint)
+
+    def _shards_at(self, manifest: Manifest, fingerprint: str) -> int:
+        if fingerprint == manifest.fingerprint:
+            return len(manifest.shards)
+        raise UserError(
+            f"cannot resume the data stream: manifest {manifest.folder} was {fingerprint[:12]} and is now "
+            f"{manifest.fingerprint[:12]}, which is not the same with shards appended. Put the old one back to "
+            "continue exactly, or start a new run from the weights"
+        )
+
+    def _split(self, samples: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        numbers = samples >> _BITS
+        return [(int(number), np.flatnonzero(numbers == number)) for number in np.unique(numbers)]
+
+
+_ORDINAL = (1 << _BITS) - 1
+
+
+def _blocks(manifest: Manifest, shards: int, number: int, source: Source | None) -> Blocks:
+    if source is not None and source.manifest != number:
+        return Blocks.of([])
+    kept = manifest.shards[:shards]
+    sizes, counts = np.array([p for s in kept for p in s.groups], np.int64).reshape(-1, 2).T
+    sizes = np.repeat(sizes, counts)
+    firsts = (number << _BITS) + np.cumsum(sizes) - sizes
+    if source is None:
+        return Blocks(firsts, sizes)
+    of_shard = np.repeat([s.source for s in kept], [sum(c for _, c in s.groups) for s in kept])
+    return Blocks(firsts[of_shard == source.number], sizes[of_shard == source.number])
