@@ -87,13 +87,16 @@ class DataConfig:
     window: int = option(1024, "samples that are packed together (fewer where the documents are long)")
     shuffle_blocks: int = option(16, "blocks (row groups, runs of lines) whose samples are mixed")
     pack: bool = option(True, "best-fit packing; false concatenates in order and cuts")
-    prefetch: int = option(2, "steps prepared ahead in a background thread; 0 prepares each when asked")
+    workers: int = option(0, "processes of each rank that read, decode and tokenise; 0: a thread of the rank does")
+    threads: int = option(4, "threads that read and decode, in each of them")
+    prefetch: int = option(64 * 2**20, "batches prepared ahead, in bytes for each rank; 0: none", unit="bytes")
     max_bad_samples: int | None = option(
         None, "undecodable samples allowed before the run stops (default: 0.1% of the samples, at least 10)"
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("sequence_length", 2), ("window", 1), ("shuffle_blocks", 1), ("prefetch", 0)):
+        atleast = {"sequence_length": 2, "window": 1, "shuffle_blocks": 1, "workers": 0, "threads": 1, "prefetch": 0}
+        for name, least in atleast.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least {least}")
         if self.max_bad_samples is not None and self.max_bad_samples < 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ class Index:
     def __init__(self, folder: Path, digests: Sequence[str]) -> None:
         self._folder, self._digests = folder, digests
         self._chunks: OrderedDict[int, Entries] = OrderedDict()
+        self._lock = threading.Lock()
 
     def lookup(self, samples: np.ndarray) -> Entries:
         """Entries of `samples` (ordinals, any order).
@@ -110,7 +112,8 @@ class Index:
         number = samples // CHUNK
         for chunk in np.unique(number):
             here = number == chunk
-            entries = self._chunk(int(chunk))
+            with self._lock:
+                entries = self._chunk(int(chunk))
             for row, name in enumerate(COLUMNS):
                 out[row, here] = getattr(entries, name)[samples[here] - chunk * CHUNK]
         return Entries(*out)

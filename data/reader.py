@@ -9,6 +9,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from millrace.data.stores.base import Blob, StoreError, open_blob
 from millrace.data.tokenizer import Tokenizer
 
 _OPEN_BLOBS = 128  # shards kept open
+_READ_TOGETHER = 64  # samples that a thread reads at a time
 _ALTERED = BadSample("is not what was prepared: its checksum differs; the shard was altered or is damaged")
 
 
@@ -118,7 +120,9 @@ def _differs(content: Content, check: int) -> bool:
 
 @dataclass
 class _Held:
-    content: str | np.ndarray | BadSample  # text or tokens, later the whole document with its borders
+    content: (
+        Future[dict[int, Content]] | str | np.ndarray | BadSample
+    )  # being read; then text or tokens; then with borders
     uses: int
     ready: bool = False
 
@@ -126,8 +130,9 @@ class _Held:
 class Documents:
     """Documents with their borders, [BOS] d1 … dn [EOS], for the rows that a rank will build."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, max_bad: int | None = None) -> None:
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, max_bad: int | None = None, threads: int = 1) -> None:
         self.reader = ShardReader(corpus)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="millrace-read")
         self._corpus, self._tokenizer = corpus, tokenizer
         self._budget = max(10, corpus.samples // 1000) if max_bad is None else max_bad
         self._held: dict[int, _Held] = {}
@@ -135,10 +140,12 @@ class Documents:
         self._news: list[dict[str, object]] = []
 
     def expect(self, samples: np.ndarray) -> None:
-        """Announce that each of `samples` (with repetitions) will be taken once; read the new ones."""
+        """Announce that each of `samples` (with repetitions) will be taken once; begin to read the new ones."""
         unique, uses = np.unique(samples, return_counts=True)
         new = unique[[sample not in self._held for sample in unique.tolist()]]
-        self._held |= {sample: _Held(_text_of(content), 0) for sample, content in self.reader.read(new).items()}
+        for part in np.split(new, range(_READ_TOGETHER, len(new), _READ_TOGETHER)):
+            reading = self._pool.submit(self.reader.read, part)
+            self._held |= {sample: _Held(reading, 0) for sample in part.tolist()}
         for sample, count in zip(unique.tolist(), uses.tolist(), strict=True):
             self._held[sample].uses += count
 
@@ -165,6 +172,10 @@ class Documents:
                 del self._held[sample]
         return taken
 
+    def close(self) -> None:
+        """End the threads; what is still being read is waited for."""
+        self._pool.shutdown(cancel_futures=True)
+
     def news(self) -> list[dict[str, object]]:
         """Quarantine entries {sample, shard, why} since the last call."""
         news, self._news = self._news, []
@@ -181,6 +192,10 @@ class Documents:
 
     def _tokenise(self, samples: list[int]) -> None:
         fresh = [self._held[s] for s in samples if not self._held[s].ready]
+        for sample in samples:
+            held = self._held[sample]
+            if isinstance(held.content, Future):
+                held.content = _text_of(held.content.result()[sample])
         texts = [held for held in fresh if isinstance(held.content, str)]
         for held, ids in zip(texts, self._tokenizer.encode([str(h.content) for h in texts]), strict=True):
             held.content = ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -96,6 +97,19 @@ class Deal:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Which steps a worker builds: from step `first` on, every `stride`-th beginning with number `offset`."""
+
+    offset: int = 0
+    stride: int = 1
+    first: int = 0
+
+    def mine(self, steps: Any) -> Any:
+        """Whether the step that follows so many steps is this worker's; elementwise on arrays."""
+        return (steps - self.first) % self.stride == self.offset
+
+
+@dataclass(frozen=True)
 class Step:
     """A planned step (rows without spans fill up the last of a single pass, or of a stage), and the state after it."""
 
@@ -112,8 +126,11 @@ Wanted = Callable[[int, int], Stage]
 class RowStream:
     """Cuts windows into steps and announces to `documents` what this rank will need, a window at a time."""
 
-    def __init__(self, planner: Planner, documents: Documents, deal: Deal, wanted: Wanted) -> None:
+    def __init__(
+        self, planner: Planner, documents: Documents, deal: Deal, wanted: Wanted, share: Share | None = None
+    ) -> None:
         self._planner, self._documents, self.deal, self._wanted = planner, documents, deal, wanted
+        self._share = share or Share()
         self._announced = -1
 
     def step(self, state: LoaderState) -> Step:
@@ -129,7 +146,7 @@ class RowStream:
             if not len(plan.packs):
                 ended = True
                 break
-            self._announce(plan, now, len(rows))
+            self._announce(plan, replace(now, steps=state.steps), len(rows))
             stop = min(len(plan.packs), now.packs_done + first.batch - len(rows))
             rows += plan.rows(now.packs_done, stop)
             now = replace(now, packs_done=stop)
@@ -154,9 +171,10 @@ class RowStream:
         if now.window <= self._announced:
             return
         self._announced, first, batch = now.window, now.packs_done, now.stages[-1].batch
-        positions = (filled + np.arange(len(plan.packs) - first)) % batch
+        steps, positions = np.divmod(filled + np.arange(len(plan.packs) - first), batch)
+        mine = self.deal.mine(positions) & self._share.mine(now.steps + steps)
         rows = plan.rows(first, len(plan.packs))
-        spans = [rows[i] for i in np.flatnonzero(self.deal.mine(positions))]
+        spans = [rows[i] for i in np.flatnonzero(mine)]
         self._documents.expect(np.concatenate([NO_SPANS, *spans])[:, 0])
 
     def my_rows(self, step: Step) -> list[list[np.ndarray]]:

@@ -7,13 +7,16 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
 
 from millrace.core.errors import UserError
 from millrace.core.rundir import write_atomic
+
+if TYPE_CHECKING:
+    from millrace.data.corpus import Corpus
 
 END_OF_TEXT = "<|endoftext|>"
 _BATCH_CHARACTERS = 2**19  # tokenised at a time
@@ -175,3 +178,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> 
     pieces = (piece for text in texts for piece in _pieces(text))
     backend.train_from_iterator(pieces, trainer)
     return Tokenizer(json.loads(backend.to_str()), {}, "the trained tokenizer")
+
+
+def stored_tokenizer(manifest_folder: Path) -> Path | None:
+    """The tokenizer stored with a manifest: in its folder, or beside a held-out manifest's folder."""
+    for folder in (manifest_folder, manifest_folder.parent):
+        if (folder / "tokenizer" / "tokenizer.json").is_file():
+            return folder / "tokenizer"
+    return None
+
+
+def open_tokenizer(corpus: Corpus, name: str | None) -> Tokenizer:
+    """The tokenizer of that name, or the one stored with the corpus's first manifest.
+
+    Raises:
+        UserError: there is none, or another than the one that the corpus was counted with.
+    """
+    found = name or stored_tokenizer(corpus.manifests[0].folder)
+    if found is None:
+        raise UserError(f"no tokenizer lies beside {corpus.folder}; set data.tokenizer to a folder or hub name")
+    loaded = load_tokenizer(found)
+    corpus.manifests[0].check_tokenizer(loaded.sha256, str(found))
+    return loaded

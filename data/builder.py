@@ -1,0 +1,130 @@
+"""A rank's part of every step, as arrays: opened from a `Spec`, in the rank's own process or in a worker's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from millrace.core.config import build, to_dict
+from millrace.core.errors import UserError
+from millrace.data.batch import collate
+from millrace.data.config import DataConfig
+from millrace.data.corpus import Corpus
+from millrace.data.frames import Frame
+from millrace.data.mixture import Mixture, components, counts
+from millrace.data.reader import Documents
+from millrace.data.state import LoaderState, Stage
+from millrace.data.stream import Deal, Planner, RowStream, Share, window_samples
+from millrace.data.tokenizer import Tokenizer, open_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Everything that a rank's stream depends on, besides where it stands."""
+
+    config: DataConfig
+    seed: int
+    deal: Deal
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"config": to_dict(self.config), "seed": self.seed, "deal": asdict(self.deal)}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Spec:
+        """Read what `to_json` gave."""
+        return cls(config=build(DataConfig, plain["config"]), seed=plain["seed"], deal=Deal(**plain["deal"]))
+
+
+class Opened:
+    """A spec with its corpus and tokenizer opened, and what the stream was agreed to be.
+
+    Raises:
+        UserError: manifest, tokenizer or batch that do not fit, or a state of another stream.
+    """
+
+    def __init__(self, spec: Spec, state: LoaderState | None) -> None:
+        config = spec.config
+        self.spec = spec
+        self.corpus = Corpus.load(config.manifest)
+        self.tokenizer = open_tokenizer(self.corpus, config.tokenizer)
+        self._parts = components(self.corpus, weighted=bool(config.mixture))
+        # Shards that were appended must not change the windows of a stream that is under way.
+        grown = state is not None and state.stages[0].manifests != self.corpus.fingerprints
+        self._window = (
+            state.stages[0].window if state is not None and grown else window_samples(self.corpus, config.window)
+        )
+        first = self.wanted(0, 0)
+        if state is not None:
+            state.check(first, spec.seed)
+            for stage in state.stages:
+                self.corpus.check(stage.manifests)
+        self.state = state or LoaderState(spec.seed, (first,))
+        for stage in (first, self.state.stages[-1]):
+            check_batch(stage.batch, spec.deal.micro_batch, spec.deal.world)
+
+    def wanted(self, steps: int, tokens: int) -> Stage:
+        """The stage that the configuration asks for after so many steps and tokens."""
+        config = self.spec.config
+        weights = config.mixture.at(steps, tokens) if config.mixture else None
+        return Stage(
+            start_window=0,
+            manifests=self.corpus.fingerprints,
+            components=tuple(self._parts),
+            counts=counts(weights, self.corpus.sources()) if weights else (1,),
+            batch=self.spec.deal.batch_rows,
+            sequence_length=config.sequence_length,
+            window=self._window,
+            shuffle_blocks=config.shuffle_blocks,
+            pack=config.pack,
+        )
+
+    def builder(self, share: Share | None = None) -> Builder:
+        """What builds this rank's part, or a worker's share of it."""
+        seed, config = self.spec.seed, self.spec.config
+        documents = Documents(self.corpus, self.tokenizer, config.max_bad_samples, config.threads)
+        planner = Planner(documents, Mixture(self.corpus, self._parts, seed), seed)
+        return Builder(RowStream(planner, documents, self.spec.deal, self.wanted, share), documents, self.tokenizer)
+
+
+class Builder:
+    """Builds steps one after the other."""
+
+    def __init__(self, stream: RowStream, documents: Documents, tokenizer: Tokenizer) -> None:
+        self.documents, self._stream, self._tokenizer = documents, stream, tokenizer
+
+    def build(self, state: LoaderState) -> Frame:
+        """The step after `state`, as `batch.to_step_batch` reads it."""
+        step = self._stream.step(state)
+        rows = self._stream.my_rows(step)
+        arrays = collate([r for part in rows for r in part], self.documents, self._tokenizer, step.sequence_length)
+        arrays["spans"] = np.concatenate(step.rows)[:, :3]
+        meta = {"state": step.after.to_dict(), "quarantined": self.documents.news(), "micro_batch": len(rows[0])}
+        return Frame(meta, arrays)
+
+    def skip(self, state: LoaderState) -> LoaderState:
+        """Plan the step after `state`, which another worker builds; the state after it."""
+        return self._stream.step(state).after
+
+
+def check_batch(batch_rows: int, micro_batch: int, world: int) -> None:
+    """Refuse a global batch that the ranks do not divide.
+
+    Raises:
+        UserError: names the numbers of ranks that would work.
+    """
+    if batch_rows >= 1 and micro_batch >= 1 and batch_rows % (micro_batch * world) == 0:
+        return
+    share = batch_rows // micro_batch if micro_batch >= 1 and batch_rows % micro_batch == 0 else 0
+    works = [str(n) for n in range(1, share + 1) if share % n == 0]
+    mend = (
+        f"with these, {', '.join(works[:12])} rank{'s' * (works != ['1'])} would work"
+        if works
+        else "make the batch a positive multiple of the micro-batch"
+    )
+    raise UserError(
+        f"a batch of {batch_rows} rows cannot be dealt to {world} ranks in micro-batches of {micro_batch} rows; {mend}"
+    )
