@@ -12,6 +12,12 @@ SOURCES = {
     "text": "millrace.data.sources.text:TextSource",
 }
 
+# A decoder turns an encoded value of a role into an array.
+DECODERS = {
+    "image": "millrace.data.decoders.image:decode",
+    "audio": "millrace.data.decoders.audio:decode",
+}
+
 # A store opens a blob by its URL; the key is the URL's scheme.
 STORES = {
     "file": "millrace.data.stores.local:LocalBlob",

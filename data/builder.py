@@ -10,13 +10,13 @@ import numpy as np
 
 from millrace.core.config import build, to_dict
 from millrace.core.errors import UserError
-from millrace.data.batch import collate
+from millrace.data.collate import pack_rows, stack_samples
 from millrace.data.config import DataConfig
 from millrace.data.corpus import Corpus
+from millrace.data.documents import Documents
 from millrace.data.frames import Frame
 from millrace.data.mixture import Mixture, components, counts
-from millrace.data.reader import Documents
-from millrace.data.state import LoaderState, Stage
+from millrace.data.state import SAMPLES, LoaderState, Stage
 from millrace.data.stream import Deal, Planner, RowStream, Share, window_samples
 from millrace.data.tokenizer import Tokenizer, open_tokenizer
 
@@ -76,7 +76,7 @@ class Opened:
             components=tuple(self._parts),
             counts=counts(weights, self.corpus.sources()) if weights else (1,),
             batch=self.spec.deal.batch_rows,
-            sequence_length=config.sequence_length,
+            sequence_length=SAMPLES if config.rows == "samples" else config.sequence_length,
             window=self._window,
             shuffle_blocks=config.shuffle_blocks,
             pack=config.pack,
@@ -100,9 +100,18 @@ class Builder:
         """The step after `state`, as `batch.to_step_batch` reads it."""
         step = self._stream.step(state)
         rows = self._stream.my_rows(step)
-        arrays = collate([r for part in rows for r in part], self.documents, self._tokenizer, step.sequence_length)
+        mine = [row for part in rows for row in part]
+        if step.sequence_length == SAMPLES:
+            arrays = stack_samples(mine, self.documents)
+        else:
+            arrays = pack_rows(mine, self.documents, self._tokenizer.eos_id, step.sequence_length)
         arrays["spans"] = np.concatenate(step.rows)[:, :3]
-        meta = {"state": step.after.to_dict(), "quarantined": self.documents.news(), "micro_batch": len(rows[0])}
+        meta = {
+            "state": step.after.to_dict(),
+            "quarantined": self.documents.news(),
+            "micro_batch": len(rows[0]),
+            "eos_id": self._tokenizer.eos_id,
+        }
         return Frame(meta, arrays)
 
     def skip(self, state: LoaderState) -> LoaderState:

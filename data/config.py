@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from millrace.core.config import build, option, section
 from millrace.core.units import Duration, parse_count
@@ -82,6 +82,9 @@ class DataConfig:
     heldout: str | None = option(None, "manifest of held-out text (default: heldout/ in every manifest)")
     tokenizer: str | None = option(
         None, "tokenizer folder, tokenizer.json or hub name (default: the one stored beside the manifest)"
+    )
+    rows: Literal["packed", "samples"] = option(
+        "packed", "packed: documents in rows of sequence_length; samples: one whole sample in a row"
     )
     sequence_length: int = option(1024, "tokens in a row; longer documents are cut into consecutive spans")
     window: int = option(1024, "samples that are packed together (fewer where the documents are long)")

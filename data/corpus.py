@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from millrace.core.errors import UserError
+from millrace.data import DECODERS
 from millrace.data.index import COLUMNS, Entries
 from millrace.data.manifest import Manifest
 from millrace.data.order import Blocks
@@ -43,7 +44,9 @@ class Corpus:
         self.samples = sum(m.samples for m in self.manifests)
         self.bytes = sum(m.bytes for m in self.manifests)
         self.tokens = sum(m.tokens for m in self.manifests)  # targets in an epoch; 0 when not counted
-        self.counted = first.tokenizer is not None
+        self.counted = self.tokens > 0
+        self.costs = getattr(first, "costs", {})  # rules of media
+        self.media = any(role in first.columns for role in DECODERS)
         self.fingerprints = tuple(m.fingerprint for m in self.manifests)
 
     @classmethod

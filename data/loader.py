@@ -12,15 +12,16 @@ from types import TracebackType
 import numpy as np
 
 from millrace.core.errors import UserError
-from millrace.data.batch import MicroBatch, StepBatch, collate, spans_sha, to_micro_batch, to_step_batch
+from millrace.data.batch import MicroBatch, StepBatch, spans_sha
 from millrace.data.builder import Builder, Opened, Spec, check_batch
+from millrace.data.collate import pack_rows, to_micro_batch, to_step_batch
 from millrace.data.config import DataConfig
 from millrace.data.corpus import Corpus
+from millrace.data.documents import Documents
 from millrace.data.frames import Frame
 from millrace.data.manifest import manifest_folder
 from millrace.data.mixture import ALL, Mixture, components
 from millrace.data.prefetch import Prefetcher
-from millrace.data.reader import Documents
 from millrace.data.state import LoaderState, Stage
 from millrace.data.stream import Deal, Planner, RowStream, window_samples
 from millrace.data.tokenizer import open_tokenizer, stored_tokenizer
@@ -191,7 +192,7 @@ def heldout_batches(
         rows += len(step.rows)
         if any(len(row) for row in step.rows):
             mine = stream.my_rows(step)[0]
-            batch = to_micro_batch(collate(mine, documents, tokenizer, config.sequence_length))
+            batch = to_micro_batch(pack_rows(mine, documents, tokenizer.eos_id, config.sequence_length))
             yield batch, _covered_bytes(mine, {entry["sample"] for entry in documents.news()})
 
 

@@ -1,4 +1,4 @@
-"""Contents of samples: compared with their checksums, tokenised on first use, dropped after the last.
+"""Contents of samples, compared with their checksums.
 
 Nothing here depends on how many ranks there are: a rank asks for the documents of its own rows only.
 """
@@ -8,9 +8,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +20,8 @@ from millrace.data.index import Entries
 from millrace.data.manifest import Manifest
 from millrace.data.sources.base import BadSample, Content, Source, checksum
 from millrace.data.stores.base import Blob, StoreError, open_blob
-from millrace.data.tokenizer import Tokenizer
 
 _OPEN_BLOBS = 128  # shards kept open
-_READ_TOGETHER = 64  # samples that a thread reads at a time
 _ALTERED = BadSample("is not what was prepared: its checksum differs; the shard was altered or is damaged")
 
 
@@ -116,116 +111,3 @@ class ShardReader:
 
 def _differs(content: Content, check: int) -> bool:
     return isinstance(content, dict) and checksum(content) != check
-
-
-@dataclass
-class _Held:
-    content: (
-        Future[dict[int, Content]] | str | np.ndarray | BadSample
-    )  # being read; then text or tokens; then with borders
-    uses: int
-    ready: bool = False
-
-
-class Documents:
-    """Documents with their borders, [BOS] d1 … dn [EOS], for the rows that a rank will build."""
-
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, max_bad: int | None = None, threads: int = 1) -> None:
-        self.reader = ShardReader(corpus)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="millrace-read")
-        self._corpus, self._tokenizer = corpus, tokenizer
-        self._budget = max(10, corpus.samples // 1000) if max_bad is None else max_bad
-        self._held: dict[int, _Held] = {}
-        self._bad: dict[int, str] = {}
-        self._news: list[dict[str, object]] = []
-
-    def expect(self, samples: np.ndarray) -> None:
-        """Announce that each of `samples` (with repetitions) will be taken once; begin to read the new ones."""
-        unique, uses = np.unique(samples, return_counts=True)
-        new = unique[[sample not in self._held for sample in unique.tolist()]]
-        for part in np.split(new, range(_READ_TOGETHER, len(new), _READ_TOGETHER)):
-            reading = self._pool.submit(self.reader.read, part)
-            self._held |= {sample: _Held(reading, 0) for sample in part.tolist()}
-        for sample, count in zip(unique.tolist(), uses.tolist(), strict=True):
-            self._held[sample].uses += count
-
-    def take(self, samples: np.ndarray, costs: np.ndarray | None) -> dict[int, np.ndarray | None]:
-        """Documents (int32, shape (n + 2,)) of `samples`, announced before; None for a bad one.
-
-        `costs` are the planned costs n + 1 (None: no plan yet, any length will do).
-
-        Raises:
-            UserError: more bad samples than the budget allows.
-        """
-        self._tokenise(np.unique(samples).tolist())
-        taken: dict[int, np.ndarray | None] = {}
-        for number, sample in enumerate(samples.tolist()):
-            held = self._held[sample]
-            document = BadSample(self._bad[sample]) if sample in self._bad else held.content
-            if isinstance(document, np.ndarray) and costs is not None and len(document) - 1 != costs[number]:
-                document = BadSample(f"has {len(document) - 2} tokens, the manifest says {costs[number] - 1}")
-            if isinstance(document, BadSample):
-                self._quarantine(sample, document.why)
-            taken[sample] = document if isinstance(document, np.ndarray) else None
-            held.uses -= 1
-            if held.uses == 0:
-                del self._held[sample]
-        return taken
-
-    def close(self) -> None:
-        """End the threads; what is still being read is waited for."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def news(self) -> list[dict[str, object]]:
-        """Quarantine entries {sample, shard, why} since the last call."""
-        news, self._news = self._news, []
-        return news
-
-    def exclude(self, bad: Mapping[int, str]) -> None:
-        """Use no sample of `bad` (sample → why) from now on, readable or not, and make no entry of it again.
-
-        Raises:
-            UserError: more bad samples than the budget allows.
-        """
-        self._bad |= bad
-        self._check_budget()
-
-    def _tokenise(self, samples: list[int]) -> None:
-        fresh = [self._held[s] for s in samples if not self._held[s].ready]
-        for sample in samples:
-            held = self._held[sample]
-            if isinstance(held.content, Future):
-                held.content = _text_of(held.content.result()[sample])
-        texts = [held for held in fresh if isinstance(held.content, str)]
-        for held, ids in zip(texts, self._tokenizer.encode([str(h.content) for h in texts]), strict=True):
-            held.content = ids
-        for held in fresh:
-            if isinstance(held.content, np.ndarray):
-                held.content = self._bordered(held.content)
-            held.ready = True
-
-    def _bordered(self, ids: np.ndarray) -> np.ndarray | BadSample:
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self._tokenizer.vocab_size):
-            return BadSample(f"token {ids.max()} is outside the vocabulary of {self._tokenizer.vocab_size}")
-        borders = np.array([self._tokenizer.bos_id, self._tokenizer.eos_id], np.int32)
-        return np.concatenate([borders[:1], ids.astype(np.int32), borders[1:]])
-
-    def _quarantine(self, sample: int, why: str) -> None:
-        if sample in self._bad:
-            return
-        self._bad[sample] = why
-        self._news.append({"sample": sample, "shard": self._corpus.shard_url(sample), "why": why})
-        self._check_budget()
-
-    def _check_budget(self) -> None:
-        if len(self._bad) > self._budget:
-            sample, why = list(self._bad.items())[-1]
-            raise UserError(
-                f"{len(self._bad)} samples could not be used, more than data.max_bad_samples = {self._budget}"
-                f" allows; last: sample {sample} of {self._corpus.shard_url(sample)}: {why}. Prepare data again, "
-                "or raise it"
-            )
-
-
-def _text_of(content: Content) -> str | np.ndarray | BadSample:
-    return content if isinstance(content, BadSample) else content.get("tokens", content.get("text"))  # type: ignore[return-value]

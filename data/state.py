@@ -9,6 +9,7 @@ from typing import Any
 from millrace.core.errors import UserError
 
 VERSION = 2
+SAMPLES = 1  # as sequence length: a row is one whole sample
 
 # What may differ from one stage to the next. Anything else that changed means another stream.
 _MAY_CHANGE = ("start_window", "manifests", "components", "counts", "batch", "sequence_length")

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from millrace.data.corpus import Corpus
+from millrace.data.documents import Documents
 from millrace.data.mixture import Mixture
 from millrace.data.order import derive_key
 from millrace.data.packing import Packs, pack
-from millrace.data.reader import Documents
-from millrace.data.state import LoaderState, Stage
+from millrace.data.state import SAMPLES, LoaderState, Stage
 
 _WINDOW_BYTES = 16 * 2**20  # a window's expected text; windows of long documents hold fewer samples
 _ROWS = 3  # purpose of the key that permutes a window's rows
@@ -69,7 +69,13 @@ class Planner:
             start, stop = min(start, self._corpus.samples), min(stop, self._corpus.samples)
         samples = self._mixture.samples(stages, start, stop)
         entries = self._corpus.entries(samples)
-        costs = entries.tokens if counted else self._measure(samples)
+        if stage.sequence_length == SAMPLES:
+            costs = np.ones(len(samples), np.int64)
+        else:
+            costs = entries.tokens if counted else self._measure(samples)
+            if self._corpus.media and (long := samples[costs > stage.sequence_length]).size:
+                self._documents.refuse(long, f"costs more positions than a row has ({stage.sequence_length})")
+                costs = np.minimum(costs, stage.sequence_length)
         key = derive_key(self._seed, number, _ROWS)
         packs = pack(costs, stage.sequence_length, stage.pack and counted, key)
         return Window(np.stack([samples, costs, entries.bytes], axis=1), packs)
@@ -78,7 +84,7 @@ class Planner:
         """Costs of documents that the manifest did not count: tokenise the whole window, on every rank."""
         self._documents.expect(samples)
         found = self._documents.take(samples, None)
-        lengths = {sample: 1 if ids is None else len(ids) - 1 for sample, ids in found.items()}
+        lengths = {sample: 1 if one is None else len(one.tokens) - 1 for sample, one in found.items()}
         return np.array([lengths[sample] for sample in samples.tolist()], np.int64)
 
 
