@@ -17,7 +17,7 @@ from millrace.data.documents import Documents
 from millrace.data.frames import Frame
 from millrace.data.mixture import Mixture, components, counts
 from millrace.data.state import SAMPLES, LoaderState, Stage
-from millrace.data.stream import Deal, Planner, RowStream, Share, window_samples
+from millrace.data.stream import Deal, Expecting, Planner, RowStream, Share, Unread, window_samples
 from millrace.data.tokenizer import Tokenizer, open_tokenizer
 
 
@@ -84,10 +84,26 @@ class Opened:
 
     def builder(self, share: Share | None = None) -> Builder:
         """What builds this rank's part, or a worker's share of it."""
-        seed, config = self.spec.seed, self.spec.config
+        config = self.spec.config
         documents = Documents(self.corpus, self.tokenizer, config.max_bad_samples, config.threads)
-        planner = Planner(documents, Mixture(self.corpus, self._parts, seed), seed)
-        return Builder(RowStream(planner, documents, self.spec.deal, self.wanted, share), documents, self.tokenizer)
+        return Builder(self.stream(documents, share), documents, self.tokenizer)
+
+    def stream(self, documents: Expecting, share: Share | None = None) -> RowStream:
+        """The plan of the stream; `documents` hears what this rank will need."""
+        planner = Planner(documents, Mixture(self.corpus, self._parts, self.spec.seed), self.spec.seed)
+        return RowStream(planner, documents, self.spec.deal, self.wanted, share)
+
+    def plan(self) -> RowStream:
+        """The plan alone, from which nothing is read.
+
+        Raises:
+            UserError: the corpus has no token counts, without which documents must be read to be planned.
+        """
+        if not self.corpus.counted and self.spec.config.rows == "packed":
+            raise UserError(
+                f"{self.corpus.folder} has no token counts; prepare it with count_tokens to plan without reading"
+            )
+        return self.stream(Unread())
 
 
 class Builder:

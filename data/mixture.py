@@ -100,7 +100,7 @@ class Mixture:
     """Samples of any window, from the stages alone."""
 
     def __init__(self, corpus: Corpus, parts: Mapping[str, Source | None], seed: int) -> None:
-        self._corpus, self._parts, self._seed = corpus, list(parts.values()), seed
+        self.corpus, self._parts, self._seed = corpus, list(parts.values()), seed
         self._stages: tuple[Stage, ...] = ()
 
     def samples(self, stages: tuple[Stage, ...], start: int, stop: int) -> np.ndarray:
@@ -136,7 +136,7 @@ class Mixture:
         self._stages = stages
 
     def _grow(self, growth: list[Growth], position: int, stage: Stage, source: Source | None) -> None:
-        blocks = self._corpus.blocks(stage.manifests, source)
+        blocks = self.corpus.blocks(stage.manifests, source)
         known = np.concatenate([g.blocks.firsts for g in growth]) if growth else np.empty(0, np.int64)
         if len(known) < len(blocks):
             new = ~np.isin(blocks.firsts, known)

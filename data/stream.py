@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,6 +26,24 @@ def window_samples(corpus: Corpus, wanted: int) -> int:
     """Samples in a window: `wanted`, at most an epoch, and fewer where documents are long."""
     mean = max(corpus.bytes / corpus.samples, 1)
     return max(1, min(wanted, corpus.samples, int(_WINDOW_BYTES / mean)))
+
+
+class Expecting(Protocol):
+    """Who is told what will be needed: `Documents`, or nobody that reads."""
+
+    def expect(self, samples: np.ndarray) -> None: ...
+
+    def refuse(self, samples: np.ndarray, why: str) -> None: ...
+
+
+class Unread:
+    """For plans that nobody builds."""
+
+    def expect(self, samples: np.ndarray) -> None:
+        """Read nothing."""
+
+    def refuse(self, samples: np.ndarray, why: str) -> None:
+        """Refuse nothing."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +68,8 @@ class Planner:
     `once` ends the stream after one pass.
     """
 
-    def __init__(self, documents: Documents, mixture: Mixture, seed: int, once: bool = False) -> None:
-        self._corpus, self._documents, self._mixture = documents.reader.corpus, documents, mixture
+    def __init__(self, documents: Expecting, mixture: Mixture, seed: int, once: bool = False) -> None:
+        self._corpus, self._documents, self._mixture = mixture.corpus, documents, mixture
         self._seed, self._once = seed, once
         self._planned: tuple[tuple[Stage, ...], int, Window] | None = None
 
@@ -83,6 +101,7 @@ class Planner:
     def _measure(self, samples: np.ndarray) -> np.ndarray:
         """Costs of documents that the manifest did not count: tokenise the whole window, on every rank."""
         self._documents.expect(samples)
+        assert isinstance(self._documents, Documents), "only a plan without documents asks for counted costs"
         found = self._documents.take(samples, None)
         lengths = {sample: 1 if one is None else len(one.tokens) - 1 for sample, one in found.items()}
         return np.array([lengths[sample] for sample in samples.tolist()], np.int64)
@@ -133,9 +152,9 @@ class RowStream:
     """Cuts windows into steps and announces to `documents` what this rank will need, a window at a time."""
 
     def __init__(
-        self, planner: Planner, documents: Documents, deal: Deal, wanted: Wanted, share: Share | None = None
+        self, planner: Planner, documents: Expecting, deal: Deal, wanted: Wanted, share: Share | None = None
     ) -> None:
-        self._planner, self._documents, self.deal, self._wanted = planner, documents, deal, wanted
+        self.planner, self._documents, self.deal, self._wanted = planner, documents, deal, wanted
         self._share = share or Share()
         self._announced = -1
 
@@ -148,7 +167,7 @@ class RowStream:
             stage = now.stages[-1]
             if (stage.batch, stage.sequence_length) != (first.batch, first.sequence_length):
                 break  # the step ends with its stage
-            plan = self._planner.window(now.stages, now.window)
+            plan = self.planner.window(now.stages, now.window)
             if not len(plan.packs):
                 ended = True
                 break

@@ -17,7 +17,7 @@ from millrace.data.loader import check_batch
 from millrace.data.order import Blocks, Growth, Order, derive_key
 from millrace.data.packing import Packs, pack
 from millrace.data.state import LoaderState, Stage
-from millrace.data.stream import Deal, RowStream, Window
+from millrace.data.stream import Deal, RowStream, Unread, Window
 from millrace.finetune.examples import Example
 
 WINDOW = 16384  # examples that are packed together
@@ -90,13 +90,6 @@ class ExamplePlanner:
         return sum(len(self.window((), n).packs) for n in range(-(-epochs * len(self._costs) // self.size)))
 
 
-class _InMemory:
-    """The documents that `RowStream` announces to; they are here already."""
-
-    def expect(self, samples: np.ndarray) -> None:
-        """Nothing to fetch."""
-
-
 class ExampleLoader:
     """Endless iterator of `StepBatch`, from `state` or from the start.
 
@@ -114,7 +107,7 @@ class ExampleLoader:
         stage = _stage(self.planner, layout, deal, fingerprint(examples))
         self.state = state or LoaderState(layout.seed, (stage,))
         self.state.check(stage, layout.seed, may_change=())
-        self._stream = RowStream(self.planner, _InMemory(), deal, lambda steps, tokens: stage)  # type: ignore[arg-type]
+        self._stream = RowStream(self.planner, Unread(), deal, lambda steps, tokens: stage)  # type: ignore[arg-type]
 
     def __iter__(self) -> ExampleLoader:
         return self
@@ -158,7 +151,7 @@ def heldout_batches(
     """
     planner = ExamplePlanner(examples, layout)
     stage = _stage(planner, layout, deal, "")
-    stream = RowStream(planner, _InMemory(), deal, lambda steps, tokens: stage)  # type: ignore[arg-type]
+    stream = RowStream(planner, Unread(), deal, lambda steps, tokens: stage)  # type: ignore[arg-type]
     state, rows, ended = LoaderState(layout.seed, (stage,)), 0, False
     while not ended and (max_rows is None or rows < max_rows):
         step = stream.step(state)
