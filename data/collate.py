@@ -82,11 +82,11 @@ def to_micro_batch(arrays: Mapping[str, np.ndarray], first: int = 0, stop: int |
     stop = len(offsets) - 1 if stop is None else stop
     rows = [arrays["row_spans"][a:b] for a, b in itertools.pairwise(offsets[first : stop + 1])]
     inputs, labels, positions = (
-        torch.from_numpy(arrays[name][first:stop]).long() for name in ("inputs", "labels", "positions")
+        _pinned(torch.from_numpy(arrays[name][first:stop]).long()) for name in ("inputs", "labels", "positions")
     )
     lengths = [(row[:, 2] - row[:, 1]).tolist() for row in rows]
     media = [
-        Media(role, row - first, start, count, torch.from_numpy(arrays[f"{role}/{number}"]))
+        Media(role, row - first, start, count, _pinned(torch.from_numpy(arrays[f"{role}/{number}"])))
         for number, (row, start, count) in enumerate(arrays["media_at"].tolist())
         for role in ("image", "audio")
         if first <= row < stop and f"{role}/{number}" in arrays
@@ -112,17 +112,24 @@ def to_sample_batch(arrays: Mapping[str, np.ndarray], first: int, stop: int, eos
         padded = np.full((len(rows), max(counts)), fill, there[0].dtype)
         for number, row in enumerate(rows):
             padded[number, : counts[number]] = () if row is None else row
-        values[role] = torch.from_numpy(padded).long() if role == "tokens" else torch.from_numpy(padded)
+        values[role] = _pinned(torch.from_numpy(padded).long() if role == "tokens" else torch.from_numpy(padded))
         lengths[role] = torch.tensor(counts)
     return SampleBatch(values, lengths, arrays["samples"][first:stop].tolist(), arrays["good"][first:stop].tolist())
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """In page-locked memory where there is a GPU, so that the copy to it runs beside the computation."""
+    import torch
+
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def _images(rows: list[np.ndarray]) -> Any:
     import torch
 
     if len({row.shape for row in rows}) == 1:
-        return torch.from_numpy(np.stack(rows))
-    return [torch.from_numpy(row) for row in rows]
+        return _pinned(torch.from_numpy(np.stack(rows)))
+    return [_pinned(torch.from_numpy(row)) for row in rows]
 
 
 def to_step_batch(frame: Frame) -> StepBatch:

@@ -180,3 +180,18 @@ def test_workers_end_when_their_rank_is_killed(corpus: Path) -> None:
     while any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers):
         assert time.monotonic() < deadline, "workers outlive their rank"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_pinned_where_there_is_a_gpu(corpus: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    pinned: list[int] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(id(tensor))
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    with load(corpus, workers) as loader:
+        (first, *_) = next(loader).micro_batches
+    assert {id(first.input_ids_BT), id(first.labels_BT), id(first.position_ids_BT)} <= set(pinned)
