@@ -78,6 +78,10 @@ class RunDir:
             raise UserError(f"{self.path} holds files of an unknown run; set run.name to a new name")
         return self._create(fingerprint)
 
+    def known(self) -> dict[str, Any]:
+        """The fingerprint of the run that is here; empty when there is none."""
+        return dict(json.loads(self.identity.read_text())["fingerprint"]) if self.identity.exists() else {}
+
     def _create(self, fingerprint: dict[str, Any]) -> str:
         run_id = uuid.uuid4().hex[:12]
         write_atomic(self.identity, json.dumps({"format": 1, "id": run_id, "fingerprint": fingerprint}, indent=1))

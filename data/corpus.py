@@ -111,14 +111,18 @@ class Corpus:
     def blocks(self, fingerprints: Sequence[str], source: Source | None) -> Blocks:
         """Blocks of one source (None: of all) in the manifests as they were when they had these `fingerprints`.
 
-        Raises:
-            UserError: a manifest that never had its fingerprint.
+        They passed `check`.
         """
         parts = [
-            _blocks(manifest, self._shards_at(manifest, fingerprint), number, source)
+            _blocks(manifest, _shards_at(manifest, fingerprint) or 0, number, source)
             for number, (manifest, fingerprint) in enumerate(zip(self.manifests, fingerprints, strict=False))
         ]
         return Blocks(np.concatenate([p.firsts for p in parts]), np.concatenate([p.sizes for p in parts]))
+
+    def extends(self, fingerprints: Sequence[str]) -> bool:
+        """Whether it is the corpus that had these `fingerprints`, or that one with shards or manifests appended."""
+        known = zip(self.manifests, fingerprints, strict=False)
+        return 0 < len(fingerprints) <= len(self.manifests) and all(_shards_at(m, f) is not None for m, f in known)
 
     def check(self, fingerprints: Sequence[str]) -> None:
         """Refuse another corpus than the one that had these `fingerprints`, or than it with shards appended.
@@ -127,16 +131,12 @@ class Corpus:
             UserError: a manifest that never had its fingerprint.
         """
         for manifest, fingerprint in zip(self.manifests, fingerprints, strict=False):
-            self._shards_at(manifest, fingerprint)
-
-    def _shards_at(self, manifest: Manifest, fingerprint: str) -> int:
-        if fingerprint == manifest.fingerprint:
-            return len(manifest.shards)
-        raise UserError(
-            f"cannot resume the data stream: manifest {manifest.folder} was {fingerprint[:12]} and is now "
-            f"{manifest.fingerprint[:12]}, which is not the same with shards appended. Put the old one back to "
-            "continue exactly, or start a new run from the weights"
-        )
+            if _shards_at(manifest, fingerprint) is None:
+                raise UserError(
+                    f"cannot resume the data stream: manifest {manifest.folder} was {fingerprint[:12]} and is now "
+                    f"{manifest.fingerprint[:12]}, which is not the same with shards appended. Put the old one back to "
+                    "continue exactly, or start a new run from the weights"
+                )
 
     def _split(self, samples: np.ndarray) -> list[tuple[int, np.ndarray]]:
         numbers = samples >> _BITS
@@ -144,6 +144,11 @@ class Corpus:
 
 
 _ORDINAL = (1 << _BITS) - 1
+
+
+def _shards_at(manifest: Manifest, fingerprint: str) -> int | None:
+    """Shards that the manifest had when it had this fingerprint; None where it never had."""
+    return len(manifest.shards) if fingerprint == manifest.fingerprint else None
 
 
 def _blocks(manifest: Manifest, shards: int, number: int, source: Source | None) -> Blocks:

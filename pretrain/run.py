@@ -139,7 +139,9 @@ def build_engine(config: PretrainConfig, world: World, settings: dict[str, Any],
 
 
 def _claim(config: PretrainConfig, rundir: RunDir, corpus: Corpus) -> str:
-    run_id = rundir.claim(fingerprint(config, corpus.fingerprints))
+    begun = rundir.known().get("manifests", [])
+    manifests = begun if corpus.extends(begun) else corpus.fingerprints  # shards may join while a run is under way
+    run_id = rundir.claim(fingerprint(config, manifests))
     remove_leftovers(rundir.checkpoints)
     rundir.outcome.unlink(missing_ok=True)
     return run_id
