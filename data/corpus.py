@@ -35,7 +35,11 @@ class Corpus:
         self.manifests = list(manifests)
         first = self.manifests[0]
         for other in self.manifests[1:]:
-            if other.columns.keys() != first.columns.keys() or other.tokenizer != first.tokenizer:
+            if (other.columns.keys(), other.tokenizer, other.costs) != (
+                first.columns.keys(),
+                first.tokenizer,
+                first.costs,
+            ):
                 raise UserError(
                     f"{first.folder} and {other.folder} do not go together: columns {sorted(first.columns)} and "
                     f"{sorted(other.columns)}, tokenizer {str(first.tokenizer)[:12]} and {str(other.tokenizer)[:12]}; "
@@ -44,8 +48,8 @@ class Corpus:
         self.samples = sum(m.samples for m in self.manifests)
         self.bytes = sum(m.bytes for m in self.manifests)
         self.tokens = sum(m.tokens for m in self.manifests)  # targets in an epoch; 0 when not counted
-        self.counted = self.tokens > 0
-        self.costs = getattr(first, "costs", {})  # rules of media
+        self.counted = all(m.counted for m in self.manifests)
+        self.costs = first.costs  # rules of media
         self.media = any(role in first.columns for role in DECODERS)
         self.fingerprints = tuple(m.fingerprint for m in self.manifests)
 
@@ -148,7 +152,7 @@ _ORDINAL = (1 << _BITS) - 1
 
 def _shards_at(manifest: Manifest, fingerprint: str) -> int | None:
     """Shards that the manifest had when it had this fingerprint; None where it never had."""
-    return len(manifest.shards) if fingerprint == manifest.fingerprint else None
+    return manifest.prefix(fingerprint)
 
 
 def _blocks(manifest: Manifest, shards: int, number: int, source: Source | None) -> Blocks:

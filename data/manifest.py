@@ -1,16 +1,25 @@
 """The manifest: which shards a corpus consists of, what they hold, and a fingerprint of all of it.
 
-A folder with `manifest.json` and `index/NNNNN.parquet` (see `millrace.data.index`). Shards stay where they
-lie; their URLs are relative where they move together with the manifest.
+A folder with `manifest.json` and `index/*.parquet` (see `millrace.data.index`). Shards stay where they lie; their URLs
+are relative where they move together with the manifest, otherwise absolute paths or URLs of a store.
+
+The cost of a sample (`tokens` in the index, in a shard and in the totals) is text tokens + 1 + positions of its media;
+`columns` says which roles it has, `tokenizer` is the hash of what counted its text, and `costs` are the rules that
+counted its media (see `millrace.data.costs`). All costs are 0 where they were not counted.
+
+The fingerprint is the end of a chain of SHA-256: over the header (version, columns, tokenizer, costs), then shard by
+shard over (kind, SHA-256, samples, groups, entries). So an older state of a manifest that grew since is known by its
+fingerprint (`Manifest.prefix`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +27,8 @@ import numpy as np
 
 from millrace.core.errors import UserError
 from millrace.core.rundir import write_atomic
-from millrace.data.index import Entries, Index, write_index
+from millrace.data import index
+from millrace.data.index import Chunk, Entries, Index, write_index
 
 FORMAT = "millrace-manifest"
 VERSION = 2
@@ -34,7 +44,28 @@ class Shard:
     size: int  # bytes
     sha256: str
     samples: int
+    bytes: int  # of text
+    tokens: int  # sum of the samples' costs
     groups: list[list[int]]
+    entries: str  # SHA-256 of its rows in the index (`Entries.digest`)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What holds for all samples of a manifest, and does not change when shards are appended."""
+
+    columns: dict[str, str]  # role -> column or field
+    tokenizer: str | None  # hash that the token costs belong to
+    costs: dict[str, dict[str, Any]]  # role of a medium -> rule
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The leading shards of a manifest, to append to: index files that stay, and the entries of a ragged last one."""
+
+    shards: list[Shard] = field(default_factory=list)
+    index: list[Chunk] = field(default_factory=list)
+    rest: list[Entries] = field(default_factory=list)
 
 
 class Manifest:
@@ -44,14 +75,16 @@ class Manifest:
         self.folder = folder
         self.columns: dict[str, str] = record["columns"]
         self.tokenizer: str | None = record["tokenizer"]  # hash that the token costs belong to
+        self.costs: dict[str, dict[str, Any]] = record["costs"]
         self.sources: list[dict[str, Any]] = record["sources"]
         self.shards = [Shard(**shard) for shard in record["shards"]]
         self.samples: int = record["totals"]["samples"]
         self.bytes: int = record["totals"]["bytes"]
-        self.tokens: int = record["totals"]["tokens"]  # targets in an epoch; 0 when not counted
+        self.tokens: int = record["totals"]["tokens"]  # positions in an epoch; 0 when not counted
         self.fingerprint: str = record["fingerprint"]
+        self.index = Index(folder / "index", record["index"])
+        self._chain = fingerprints(record)
         self._starts = np.concatenate([[0], np.cumsum([s.samples for s in self.shards])]).astype(np.int64)
-        self._index = Index(folder / "index", [chunk["sha256"] for chunk in record["index"]])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Manifest:
@@ -64,15 +97,35 @@ class Manifest:
             raise UserError("data.manifest is not set; name a folder that `millrace prepare` wrote")
         folder = manifest_folder(path)
         record = _read(folder)
-        if record["fingerprint"] != fingerprint(record):
+        made = cls(folder, record)
+        if made.fingerprint != made._chain[-1]:
             raise UserError(f"{folder / 'manifest.json'} was altered by hand: its fingerprint does not fit")
-        if record["totals"]["samples"] == 0:
+        if made.samples == 0:
             raise UserError(f"the corpus {folder} is empty: it has no samples; prepare it from other inputs")
-        return cls(folder, record)
+        return made
+
+    @property
+    def counted(self) -> bool:
+        """Whether the costs of samples are known (each is 1 or more)."""
+        return self.tokens > 0
+
+    def prefix(self, fingerprint: str) -> int | None:
+        """How many leading shards a manifest with this fingerprint had, of which this one is the same or grew.
+
+        None where it is no older state of this one: shards were changed, removed or re-ordered, or the header differs.
+        """
+        return self._chain.index(fingerprint) if fingerprint in self._chain else None
+
+    def keep(self, shards: int) -> Kept:
+        """The first `shards` shards, to append to."""
+        samples = int(self._starts[shards])
+        full, rest = divmod(samples, index.CHUNK)
+        ragged = [self.index.read(full).part(0, rest)] if rest else []
+        return Kept(self.shards[:shards], self.index.listed[:full], ragged)
 
     def entries(self, samples: np.ndarray) -> Entries:
         """Index entries of `samples` (ordinals)."""
-        return self._index.lookup(samples)
+        return self.index.lookup(samples)
 
     def shard_of(self, samples: np.ndarray) -> np.ndarray:
         """Number of the shard that holds each sample."""
@@ -126,52 +179,58 @@ def _read(folder: Path) -> dict[str, Any]:
     return record
 
 
-def fingerprint(record: Mapping[str, Any]) -> str:
-    """SHA-256 over content and order, not over where files lie or how sources are called."""
-    content = {
-        "version": record["version"],
-        "columns": record["columns"],
-        "tokenizer": record["tokenizer"],
-        "shards": [[s["kind"], s["sha256"], s["samples"], s["groups"]] for s in record["shards"]],
-        "index": record["index"],
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def fingerprints(record: Mapping[str, Any]) -> list[str]:
+    """The chain of fingerprints: of no shards, of the first one, …, of all.
+
+    Over content and order, not over where files lie, which source they belong to, or how sources are called.
+    """
+    header = {name: record[name] for name in ("version", "columns", "tokenizer", "costs")}
+    chain = [hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()]
+    for s in record["shards"]:
+        link = [chain[-1], s["kind"], s["sha256"], s["samples"], s["groups"], s["entries"]]
+        chain.append(hashlib.sha256(json.dumps(link).encode()).hexdigest())
+    return chain
 
 
 def build_manifest(
     folder: Path,
+    header: Header,
+    names: Sequence[str],
     shards: Sequence[Shard],
-    sources: Sequence[Mapping[str, Any]],
     parts: Iterable[Entries],
-    *,
-    columns: Mapping[str, str],
-    tokenizer: str | None,
+    kept: Kept,
 ) -> dict[str, Any]:
-    """Write the index from `parts` (streamed, in shard order); return the record for `commit_manifest`."""
+    """Write the index of `shards` behind what is `kept`; return the record for `commit_manifest`.
+
+    `parts` are the new shards' entries (streamed, in order), `names` those of the sources.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    totals = {"samples": 0, "bytes": 0, "tokens": 0}
-
-    def counted() -> Iterable[Entries]:
-        for part in parts:
-            totals["samples"] += len(part)
-            totals["bytes"] += int(part.bytes.sum())
-            totals["tokens"] += int(part.tokens.sum())
-            yield part
-
-    index = write_index(folder / "index", counted())
-    assert totals["samples"] == sum(shard.samples for shard in shards)
+    listed = write_index(folder / "index", itertools.chain(kept.rest, parts), kept.index)
+    every = [*kept.shards, *shards]
+    totals = {name: sum(getattr(shard, name) for shard in every) for name in ("samples", "bytes", "tokens")}
+    assert totals["samples"] == sum(chunk["samples"] for chunk in listed)
     record: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "columns": dict(columns),
-        "tokenizer": tokenizer,
+        **asdict(header),
         "totals": totals,
-        "sources": [dict(source) for source in sources],
-        "shards": [asdict(shard) for shard in shards],
-        "index": index,
+        "sources": count_sources(names, every),
+        "shards": [asdict(shard) for shard in every],
+        "index": listed,
     }
-    record["fingerprint"] = fingerprint(record)
+    record["fingerprint"] = fingerprints(record)[-1]
     return record
+
+
+def count_sources(names: Sequence[str], shards: Iterable[Shard]) -> list[dict[str, Any]]:
+    """{"name", "documents", "bytes", "tokens"} of each source."""
+    counts = [{"name": name, "documents": 0, "bytes": 0, "tokens": 0} for name in names]
+    for shard in shards:
+        of: dict[str, Any] = counts[shard.source]
+        of["documents"] += shard.samples
+        of["bytes"] += shard.bytes
+        of["tokens"] += shard.tokens
+    return counts
 
 
 def commit_manifest(folder: Path, record: Mapping[str, Any]) -> None:

@@ -1,42 +1,49 @@
-"""`millrace prepare`: inputs → tokenizer → index (and tokenised shards) → manifest.
+"""`millrace prepare` and `millrace data index`: inputs → tokenizer → index (and tokenised shards) → manifest.
 
 Interruptible at any point: units of work appear whole, and `manifest.json` appears last. The same command
-continues, and does nothing when all is done.
+continues, does nothing when all is done, and appends files that were added to the inputs since.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
-
-from millrace.core.config import option
-from millrace.core.console import warn
+from millrace.core.config import option, section
 from millrace.core.errors import UserError, did_you_mean
 from millrace.core.rundir import write_atomic
 from millrace.data import SOURCES
-from millrace.data.index import Entries, to_entries
-from millrace.data.inputs import DATASET, InputFile, Progress, import_dataset, resolve
-from millrace.data.manifest import Shard, build_manifest, commit_manifest
-from millrace.data.reader import file_sha256
+from millrace.data.costs import Costs
+from millrace.data.importing import import_dataset
+from millrace.data.inputs import DATASET, InputFile, Progress, name_inputs, resolve
+from millrace.data.manifest import Header, Kept, Manifest, build_manifest
+from millrace.data.prepared import Prepared, claim, difference, index_files, tidy
+from millrace.data.stores.base import StoreError
 from millrace.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from millrace.data.units import PARTS, UnitOptions, documents, make_units, run_unit, unit_key
+from millrace.data.units import UnitOptions, documents, make_units
+from millrace.data.work import Work
+
+ROLES = ("text", "image", "audio", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig:
     """What becomes a manifest, and how."""
 
-    inputs: list[str] = option([], f"files, folders, globs, or data sets as {DATASET}NAME[:CONFIG[:SPLIT]]")
+    inputs: list[str] = option(
+        [], f"files, folders, globs, URLs, or data sets as {DATASET}NAME[:CONFIG[:SPLIT]]; NAME=WHERE names one"
+    )
     out: str = option("", "folder to write the manifest to")
     kind: str = option("auto", f"format of the files: auto (by suffix), {', '.join(SOURCES)}")
-    text: str = option("text", "column or field that holds the text")
+    text: str | None = option(None, 'column or field of the text (default: "text", if no other role is named)')
+    image: str | None = option(None, "column, field or suffix of the image")
+    audio: str | None = option(None, "column, field or suffix of the sound")
+    tokens: str | None = option(None, "column of token ids, where the inputs are tokenised already")
+    costs: Costs = section(Costs, "positions that images and sounds take in a sequence")
     tokenizer: str | None = option(None, "tokenizer folder, file or hub name (default: train a byte-level BPE)")
     vocab_size: int = option(8192, "vocabulary of the tokenizer to train")
     train_bytes: int = option(64 * 2**20, "text that the tokenizer is trained on, at most", unit="bytes")
@@ -60,8 +67,19 @@ class PrepareConfig:
         for name in ("train_bytes", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1 byte")
-        if self.tokenize and not self.count_tokens:
-            raise ValueError("tokenize = true needs count_tokens = true")
+        if self.tokenize and (not self.count_tokens or list(self.columns) != ["text"]):
+            raise ValueError("tokenize = true needs count_tokens = true, and samples of text alone")
+        if self.tokens and (list(self.columns) != ["tokens"] or not self.tokenizer or not self.count_tokens):
+            raise ValueError(
+                f"tokens = '{self.tokens}' needs the tokenizer that they were made with (set tokenizer), "
+                "count_tokens = true and no other role"
+            )
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Column or field of each role."""
+        named = {role: getattr(self, role) for role in ROLES if getattr(self, role)}
+        return named or {"text": "text"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,7 @@ class Summary:
     heldout: list[dict[str, Any]]
     skipped: list[str] = field(default_factory=list)
     reused_units: int = 0
+    added_files: int = 0  # appended to what was prepared before
     already_done: bool = False
 
 
@@ -83,30 +102,48 @@ def _no_progress(what: str, done: int, total: int) -> None:
     pass
 
 
+@dataclass(frozen=True)
+class _Job:
+    config: PrepareConfig
+    out: Path
+    names: list[str]  # of the sources
+    files: list[InputFile]
+    new: list[InputFile]  # those of them that no earlier call finished
+    done: Prepared | None
+    progress: Progress
+
+
 def prepare(config: PrepareConfig, progress: Progress = _no_progress) -> Summary:
     """Write a manifest folder, continuing what an interrupted call with the same options left.
 
-    A finished folder is never changed: the same call returns its summary, any other is refused. Inputs that
-    changed during an unfinished preparation are prepared again.
+    In a finished folder the same call indexes the files that were added to the inputs, and appends them; without any
+    it returns the summary. Inputs that changed during an unfinished preparation are prepared again.
 
     Raises:
         UserError: inputs that are missing, empty, undecodable or changed; a folder that holds something else.
     """
     if not config.inputs:
-        raise UserError("nothing to prepare: name at least one file, folder, glob or data set")
+        raise UserError("nothing to prepare: name at least one file, folder, glob, URL or data set")
     if not config.out:
         raise UserError("no folder to write to: set out, such as --out data/corpus")
-    out = Path(config.out).absolute()
-    options = _options(config)
-    finished = (out / "manifest.json").exists()
-    if not finished:
-        _claim(out, options)
-    files = _files(config, out, progress)
-    if finished:
-        return _check_finished(out, options, files)
-    tokenizer = _tokenizer(config, files, out, progress)
+    out, options = Path(config.out).absolute(), _options(config)
+    done = Prepared.load(out)
+    if done is None:
+        claim(out, options)
+    elif changed := difference(done.options, options):
+        raise UserError(f"{out} was prepared with other options ({changed}); name a new folder")
+    named = name_inputs(config.inputs)
+    files = _files(config, list(named.values()), out, progress)
+    job = _Job(config, out, list(named), files, done.added(files, out) if done else files, done, progress)
+    if done and not job.new:
+        shutil.rmtree(out / ".work", ignore_errors=True)
+        tokenizer = str(out / "tokenizer") if (out / "tokenizer").is_dir() else None
+        return Summary(**{**done.summary, "out": str(out), "tokenizer": tokenizer, "already_done": True})
     try:
-        return _finish(config, tokenizer, files, out, progress)
+        (out / ".work").mkdir(exist_ok=True)
+        return _finish(job, _tokenizer(job))
+    except StoreError as error:
+        raise UserError(f"{error}; run the same command again to continue") from None
     except OSError as error:
         raise UserError(
             f"cannot write to {out}: {error.strerror or error}; free space there and run the same command again "
@@ -114,28 +151,70 @@ def prepare(config: PrepareConfig, progress: Progress = _no_progress) -> Summary
         ) from None
 
 
-def _finish(
-    config: PrepareConfig, tokenizer: Tokenizer | None, files: Sequence[InputFile], out: Path, progress: Progress
-) -> Summary:
-    """Do the units that are left, then make the manifest visible."""
-    units = make_units(files)
-    reused = _run(units, _unit_options(config, tokenizer), out, progress)
-    records = [_record(out, number) for number in range(len(units))]
-    made, summary = _write(config, tokenizer, records, out)
-    hashes = {name: sha for record in records for name, sha in record["hashes"].items()}
-    known = [[str(f.path), f.size, f.mtime_ns, hashes[str(f.path)]] for f in files]
-    kept = {name: value for name, value in asdict(summary).items() if name not in ("out", "tokenizer")}
-    prepared = {"options": _options(config), "files": known, "summary": kept}
-    write_atomic(out / "prepared.json", json.dumps(prepared, indent=1))
-    commit_manifest(out, made)
-    shutil.rmtree(out / ".work")
-    return replace(summary, reused_units=reused)
+def _options(config: PrepareConfig) -> dict[str, Any]:
+    options = {name: value for name, value in asdict(config).items() if name != "out"}
+    return options | {"text": config.columns.get("text")}
+
+
+def _files(config: PrepareConfig, inputs: Sequence[str], out: Path, progress: Progress) -> list[InputFile]:
+    """Files of all inputs; data sets are brought here first."""
+    text, names = config.columns.get("text"), list(inputs)
+    for number, name in enumerate(inputs):
+        if name.startswith(DATASET):
+            if text is None:
+                raise UserError(f"'{name}': a data set is read as text; name its text column with `text`")
+            names[number] = import_dataset(name, number, text, out / "raw", config.shard_size, progress)
+    files = resolve(names, config.kind, out)
+    for file in files:
+        if file.kind == "megatron" and "tokens" not in config.columns:
+            raise UserError(
+                f"{file.url} holds tokens; add --tokens tokens --tokenizer NAME, the one they were made with"
+            )
+    return files
+
+
+def _tokenizer(job: _Job) -> Tokenizer | None:
+    """The one that the folder was begun with, the named one, or one that is trained on the text."""
+    if job.done:
+        stored = job.out / "tokenizer"
+        return load_tokenizer(stored) if stored.is_dir() else None
+    config = job.config
+    if config.tokenizer:
+        return load_tokenizer(config.tokenizer)
+    if not config.count_tokens or "text" not in config.columns:
+        return None
+    kept, mark = job.out / ".work" / "tokenizer", job.out / ".work" / "tokenizer-key.json"
+    key = json.dumps([file.key() for file in job.files])
+    if not (mark.exists() and mark.read_text() == key):
+        train_bpe(_sample(job), config.vocab_size).save(kept)
+        write_atomic(mark, key)
+    return load_tokenizer(kept)
+
+
+def _sample(job: _Job) -> Iterator[str]:
+    """Text for the tokenizer, spread over all units, without the held-out part."""
+    options, most = _unit_options(job.config, None), job.config.train_bytes
+    total = max(sum(file.size for file in job.files), 1)
+    share = min(1.0, most / total)
+    done = 0
+    for unit in make_units(job.files):
+        quota = share * sum(file.size for file in unit) if share < 1 else float("inf")
+        for document in documents(unit, options, []):
+            if quota <= 0:
+                break
+            if not document.heldout:
+                quota -= document.sample.bytes
+                done += document.sample.bytes
+                job.progress("reading text for the tokenizer", done, min(total, most))
+                yield str(document.record["text"])
 
 
 def _unit_options(config: PrepareConfig, tokenizer: Tokenizer | None) -> UnitOptions:
     return UnitOptions(
-        text=config.text,
+        columns=config.columns,
         tokenizer=tokenizer,
+        counted=config.count_tokens and (tokenizer is not None or "text" not in config.columns),
+        costs=config.costs,
         tokenize=config.tokenize,
         shard_size=config.shard_size,
         heldout=config.heldout,
@@ -144,196 +223,62 @@ def _unit_options(config: PrepareConfig, tokenizer: Tokenizer | None) -> UnitOpt
     )
 
 
-def _options(config: PrepareConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "out"}
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    changed = [key for key in new if old.get(key) != new[key]]
-    return "; ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in changed)
-
-
-def _claim(out: Path, options: dict[str, Any]) -> None:
-    """Take `out` for this preparation, or continue it; where no unit is finished yet, other options start it anew."""
-    path = out / ".work" / "options.json"
-    if path.exists():
-        old = json.loads(path.read_text())
-        if old == options:
-            return
-        if not _only_skips(old, options):
-            if any(path.parent.glob("[0-9]*.json")):
-                raise UserError(
-                    f"{out} is half prepared with other options ({_difference(old, options)}); finish with the old "
-                    f"ones, name another folder, or delete {out}"
-                )
-            for begun in (out / "raw", path.parent):
-                shutil.rmtree(begun, ignore_errors=True)
-    else:
-        # Only a folder of its own: files of others beside a manifest would one day be taken for data.
-        there = sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) if out.is_dir() else []
-        if there:
-            raise UserError(f"{out} holds '{there[0]}' that no `prepare` left here; name a new folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(options))
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from None
-
-
-def _only_skips(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether bad documents are now skipped that stopped the work before: finished units have none."""
-    return old | {"on_bad": "skip"} == new
-
-
-def _files(config: PrepareConfig, out: Path, progress: Progress) -> list[InputFile]:
-    names = [
-        import_dataset(name, number, config.text, out / "raw", config.shard_size, progress)
-        if name.startswith(DATASET)
-        else name
-        for number, name in enumerate(config.inputs)
-    ]
-    return resolve(names, config.kind, out)
-
-
-def _check_finished(out: Path, options: dict[str, Any], files: Sequence[InputFile]) -> Summary:
-    path = out / "prepared.json"
-    if not path.exists():
-        raise UserError(f"{out} holds a manifest that `prepare` did not write; name a new folder")
-    done = json.loads(path.read_text())
-    changed = _difference(done["options"], options)
-    if changed:
-        raise UserError(f"{out} was prepared with other options ({changed}); name a new folder")
-    known = {name: (size, mtime, sha) for name, size, mtime, sha in done["files"]}
-    for file in files:
-        size, mtime, sha = known.pop(str(file.path), (None, None, None))
-        if size is None:
-            raise UserError(f"{file.path} was added after {out} was prepared; prepare into a new folder")
-        same = file.size == size and (file.mtime_ns == mtime or file_sha256(file.path) == sha)
-        if not same:
-            raise UserError(f"{file.path} changed after {out} was prepared; prepare into a new folder")
-    if known:
-        raise UserError(f"{next(iter(known))} is gone since {out} was prepared; prepare into a new folder")
-    shutil.rmtree(out / ".work", ignore_errors=True)
-    tokenizer = str(out / "tokenizer") if (out / "tokenizer").is_dir() else None
-    return Summary(**{**done["summary"], "out": str(out), "tokenizer": tokenizer, "already_done": True})
-
-
-def _tokenizer(config: PrepareConfig, files: Sequence[InputFile], out: Path, progress: Progress) -> Tokenizer | None:
-    if config.tokenizer:
-        return load_tokenizer(config.tokenizer)
-    if not config.count_tokens:
-        return None
-    kept, mark = out / ".work" / "tokenizer", out / ".work" / "tokenizer-key.json"
-    key = json.dumps([file.key() for file in files])
-    if not (mark.exists() and mark.read_text() == key):
-        train_bpe(_sample(config, files, progress), config.vocab_size).save(kept)
-        write_atomic(mark, key)
-    return load_tokenizer(kept)
-
-
-def _sample(config: PrepareConfig, files: Sequence[InputFile], progress: Progress) -> Iterator[str]:
-    """Text for the tokenizer, spread over all units, without the held-out part."""
-    options = _unit_options(config, None)
-    total = max(sum(file.size for file in files), 1)
-    share = min(1.0, config.train_bytes / total)
-    done = 0
-    for unit in make_units(files):
-        quota = share * sum(file.size for file in unit) if share < 1 else float("inf")
-        for document in documents(unit, options, []):
-            if quota <= 0:
-                break
-            if not document.heldout:
-                quota -= document.sample.bytes
-                done += document.sample.bytes
-                progress("reading text for the tokenizer", done, min(total, config.train_bytes))
-                yield document.text
-
-
-def _record(out: Path, number: int) -> dict[str, Any]:
-    path = out / ".work" / f"{number:05d}.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def _run(units: Sequence[Sequence[InputFile]], options: UnitOptions, out: Path, progress: Progress) -> int:
-    """Finish all units; return how many an earlier call had finished."""
-    total = sum(file.size for unit in units for file in unit)
-    before = reused = 0
-    for number, unit in enumerate(units):
-        size = sum(file.size for file in unit)
-        record = _record(out, number)
-        if record.get("key") == unit_key(unit, options):
-            reused += 1
-        else:
-            if record:
-                warn(f"inputs changed since the interruption: preparing {unit[0].path} again")
-            text = 0
-
-            def tick(count: int, before: int = before, size: int = size) -> None:
-                nonlocal text
-                text += count
-                progress("preparing", before + min(text, size), total)
-
-            run_unit(number, unit, options, out, tick)
-        before += size
-        progress("preparing", before, total)
-    return reused
-
-
-def _write(
-    config: PrepareConfig, tokenizer: Tokenizer | None, records: list[dict[str, Any]], out: Path
-) -> tuple[dict[str, Any], Summary]:
-    """Write tokenizer, indexes and the held-out manifest; return the main one's record, to be committed."""
-    counts = {part: _counts(config.inputs, records, part) for part in PARTS}
-    documents_in = {part: sum(source["documents"] for source in counts[part]) for part in PARTS}
-    if not documents_in["train"]:
-        where = ", ".join(config.inputs)
-        held = documents_in["heldout"]
-        why = f"all {held} documents were held out; lower heldout" if held else "it has no documents"
-        raise UserError(f"the corpus is empty ({where}): {why}")
-    if tokenizer:
+def _finish(job: _Job, tokenizer: Tokenizer | None) -> Summary:
+    """Do the units that are left, then make the manifests visible."""
+    out, done = job.out, job.done
+    work = Work(out, done.units if done else 0, make_units(job.new), _unit_options(job.config, tokenizer))
+    reused = work.run(job.progress)
+    made = _build(job, work)
+    if tokenizer and not done:
         tokenizer.save(out / "tokenizer")
-    made: dict[str, dict[str, Any]] = {}
-    for part, folder in (("heldout", out / "heldout"), ("train", out)):
-        if documents_in[part]:
-            made[part] = build_manifest(
-                folder,
-                _shards(records, part, out, folder),
-                counts[part],
-                _entries(out, part, len(records)),
-                columns={"tokens": "tokens", "bytes": "bytes"} if config.tokenize else {"text": config.text},
-                tokenizer=tokenizer.sha256 if tokenizer else None,
-            )
-    if "heldout" in made:
-        commit_manifest(out / "heldout", made["heldout"])
-    return made["train"], Summary(
+    records = work.records()
+    hashes = {url: sha for record in records for url, sha in record["hashes"].items()}
+    nothing = [{"name": name, "documents": 0, "bytes": 0, "tokens": 0} for name in job.names]
+    summary = Summary(
         out=str(out),
         fingerprint=made["train"]["fingerprint"],
         tokenizer=str(out / "tokenizer") if tokenizer else None,
         vocab_size=tokenizer.vocab_size if tokenizer else 0,
-        train=counts["train"],
-        heldout=counts["heldout"],
-        skipped=[why for record in records for why in record["skipped"]],
+        train=made["train"]["sources"],
+        heldout=made["heldout"]["sources"] if "heldout" in made else nothing,
+        skipped=[*(done.summary["skipped"] if done else ()), *(why for record in records for why in record["skipped"])],
     )
+    Prepared(
+        options=_options(job.config),
+        files=[*(done.files if done else ()), *([f.url, f.size, f.version, hashes[f.url]] for f in job.new)],
+        units=work.first + len(work.units),
+        shards={part: len(record["shards"]) for part, record in made.items()},
+        index=index_files(made),
+        summary={name: value for name, value in asdict(summary).items() if name not in ("out", "tokenizer")},
+    ).commit(out, made)
+    tidy(out, made, done)
+    shutil.rmtree(out / ".work")
+    return replace(summary, reused_units=reused, added_files=len(job.new) if done else 0)
 
 
-def _counts(names: Sequence[str], records: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
-    totals = [[0, 0, 0] for _ in names]
-    for record in records:
-        for source, *counts in record[part]["counts"]:
-            totals[source] = [a + b for a, b in zip(totals[source], counts, strict=True)]
-    return [
-        {"name": name, "documents": documents, "bytes": size, "tokens": tokens}
-        for name, (documents, size, tokens) in zip(names, totals, strict=True)
-    ]
+def _build(job: _Job, work: Work) -> dict[str, dict[str, Any]]:
+    """Write the indexes; return the records of the manifests that have samples, by part."""
+    options = work.options
+    shards = {part: work.shards(part, folder) for part, folder in _folders(job.out)}
+    before = job.done.shards if job.done else {}
+    if not shards["train"] and not before:
+        where = ", ".join(job.config.inputs)
+        held = sum(shard.samples for shard in shards["heldout"])
+        why = f"all {held} documents were held out; lower heldout" if held else "it has no documents"
+        raise UserError(f"the corpus is empty ({where}): {why}")
+    counting = options.tokenizer if options.counted else None
+    header = Header(
+        columns={"tokens": "tokens", "bytes": "bytes"} if options.tokenize else dict(options.columns),
+        tokenizer=counting.sha256 if counting else None,
+        costs=options.costs.of(options.columns),
+    )
+    made = {}
+    for part, folder in _folders(job.out):
+        kept = Manifest.load(folder).keep(before[part]) if part in before else Kept()
+        if kept.shards or shards[part]:
+            made[part] = build_manifest(folder, header, job.names, shards[part], work.entries(part), kept)
+    return made
 
 
-def _shards(records: list[dict[str, Any]], part: str, out: Path, folder: Path) -> list[Shard]:
-    """Shards of all units; what lies below `out` is named relative to the manifest's folder."""
-    shards = [Shard(**shard) for record in records for shard in record[part]["shards"]]
-    inside = [Path(shard.url).is_relative_to(out) for shard in shards]
-    return [replace(s, url=os.path.relpath(s.url, folder)) if i else s for s, i in zip(shards, inside, strict=True)]
-
-
-def _entries(out: Path, part: str, units: int) -> Iterator[Entries]:
-    for number in range(units):
-        yield to_entries(pq.read_table(out / ".work" / f"{number:05d}.{part}.parquet"))
+def _folders(out: Path) -> list[tuple[str, Path]]:
+    return [("heldout", out / "heldout"), ("train", out)]

@@ -5,10 +5,8 @@ Nothing here depends on how many ranks there are: a rank asks for the documents 
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 
@@ -23,12 +21,6 @@ from millrace.data.stores.base import Blob, StoreError, open_blob
 
 _OPEN_BLOBS = 128  # shards kept open
 _ALTERED = BadSample("is not what was prepared: its checksum differs; the shard was altered or is damaged")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardReader:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,25 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens included."""
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def text_bytes(self, ids: Sequence[np.ndarray]) -> list[int]:
+        """Bytes of UTF-8 text that each of `ids` stands for; special tokens stand for none.
+
+        A byte-level vocabulary spells a byte as a character, so lengths are summed; others are decoded.
+        """
+        if (self._spec.get("decoder") or {}).get("type") == "ByteLevel":
+            return [int(self._lengths[i].sum()) for i in ids]
+        texts = self.backend.decode_batch([i.tolist() for i in ids], skip_special_tokens=True)
+        return [len(text.encode()) for text in texts]
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for token, number in self.backend.get_vocab(with_added_tokens=False).items():
+            lengths[number] = len(token)
+        for number, added in self.backend.get_added_tokens_decoder().items():
+            lengths[number] = 0 if added.special else len(added.content.encode())
+        return lengths
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json and tokenizer_config.json for `AutoTokenizer.from_pretrained`."""

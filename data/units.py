@@ -8,40 +8,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from millrace.core.errors import UserError
 from millrace.core.registry import lookup
 from millrace.core.rundir import write_atomic
 from millrace.data import SOURCES
-from millrace.data.index import COLUMNS, Entries, concatenate, to_table, write_parquet
-from millrace.data.inputs import InputFile
-from millrace.data.manifest import Shard
-from millrace.data.reader import file_sha256
-from millrace.data.sources.base import BadSample, Sample, Source, checksum
+from millrace.data.costs import Costs
+from millrace.data.index import concatenate, to_table, write_parquet
+from millrace.data.inputs import InputFile, look, sha256_of
+from millrace.data.shards import InPlace, Row, Tokenised
+from millrace.data.sources.base import BadSample, Content, Record, Sample, Source
 from millrace.data.stores.base import open_blob
 from millrace.data.tokenizer import Tokenizer
 
 UNIT_BYTES = 64 * 2**20  # small files are prepared together up to this size
 _BATCH_DOCUMENTS, _BATCH_BYTES = 256, 2 * 2**20  # tokenised at a time
-_GROUP_TOKENS = 2**18  # tokens in a row group of a tokenised shard
 PARTS = ("train", "heldout")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UnitOptions:
     """What a unit's result depends on besides its files."""
 
-    text: str
-    tokenizer: Tokenizer | None  # None: do not count tokens
+    columns: Mapping[str, str]  # role -> column or field
+    tokenizer: Tokenizer | None
+    counted: bool  # whether costs are counted; without a tokenizer those of media alone
+    costs: Costs
     tokenize: bool
     shard_size: int
     heldout: float
@@ -50,8 +48,8 @@ class UnitOptions:
 
     def key(self) -> dict[str, Any]:
         """Comparable form."""
-        names = ("text", "tokenize", "shard_size", "heldout", "heldout_by")
-        out = {name: getattr(self, name) for name in names}
+        names = ("columns", "counted", "tokenize", "shard_size", "heldout", "heldout_by")
+        out = {name: getattr(self, name) for name in names} | {"costs": self.costs.of(self.columns)}
         return out | {"tokenizer": self.tokenizer.sha256 if self.tokenizer else None}
 
 
@@ -68,243 +66,139 @@ def make_units(files: Sequence[InputFile]) -> list[list[InputFile]]:
     return units
 
 
-def held_out(options: UnitOptions, number: int, raw: bytes) -> bool:
-    """Whether a document (the `number`-th of its unit, with text `raw`) belongs to the held-out part."""
+def held_out(options: UnitOptions, number: int, record: Record) -> bool:
+    """Whether a sample (the `number`-th of its unit) belongs to the held-out part; equal ones by hash do alike."""
     if options.heldout <= 0:
         return False
     if options.heldout_by == "nth":
         every = round(1 / options.heldout)
         return number % every == every - 1
-    return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") < options.heldout * 2**64
+    sha = hashlib.sha256()
+    for role in sorted(record):
+        value = record[role]
+        if isinstance(value, np.ndarray):  # equal tokens may be stored in integers of different sizes
+            value = value.astype("<i8").tobytes()
+        sha.update(value.encode() if isinstance(value, str) else value)
+    return int.from_bytes(sha.digest()[:8], "big") < options.heldout * 2**64
 
 
 @dataclass(frozen=True)
 class Document:
-    """A usable document of a unit: where it lies, its text, and whether it is held out."""
+    """A usable sample of a unit: where it lies, its values, the positions of its media, whether it is held out."""
 
     file: int  # number in the unit
     sample: Sample
-    text: str
+    record: Record
+    media: int
     heldout: bool
 
 
 def documents(unit: Sequence[InputFile], options: UnitOptions, bad: list[str]) -> Iterator[Document]:
-    """Stream a unit's documents; what is undecodable is appended to `bad`.
+    """Stream a unit's samples; what is unusable is appended to `bad`.
 
     Raises:
-        UserError: an undecodable document where `on_bad` is "stop", or a file that cannot be read.
+        UserError: an unusable sample where `on_bad` is "stop", or a file that cannot be read.
     """
     number = 0
     for index, file in enumerate(unit):
         try:
-            for ordinal, sample in enumerate(_scan(file, options.text)):
-                content = sample.content
+            for ordinal, sample in enumerate(scan_file(file, options.columns)):
+                content, media = _measured(sample.content, options)
                 if isinstance(content, BadSample):
                     if options.on_bad == "stop":
                         raise UserError(
-                            f"{file.path}, document {ordinal}: {content.why}; mend the file, or leave such "
+                            f"{file.url}, document {ordinal}: {content.why}; mend the file, or leave such "
                             "documents out with --on-bad skip"
                         )
-                    bad.append(f"{file.path}, document {ordinal}: {content.why}")
+                    bad.append(f"{file.url}, document {ordinal}: {content.why}")
                     continue
-                text = content["text"]
-                assert isinstance(text, str)
-                held = held_out(options, number, text.encode())
-                yield Document(index, sample, text, held)
+                yield Document(index, sample, content, media, held_out(options, number, content))
                 number += 1
         except OSError as error:
             raise UserError(str(error)) from None
 
 
-def _scan(file: InputFile, text: str) -> Iterator[Sample]:
-    with open_blob(file.path) as blob:
-        yield from source_of(file, text).scan(blob)
+def _measured(content: Content, options: UnitOptions) -> tuple[Content, int]:
+    """A sample's values, and the positions of its media; or why it is bad."""
+    if isinstance(content, BadSample):
+        return content, 0
+    ids, tokenizer = content.get("tokens"), options.tokenizer
+    if isinstance(ids, np.ndarray) and len(ids) and tokenizer:
+        wrong = ids.max() if ids.max() >= tokenizer.vocab_size else ids.min()
+        if not 0 <= wrong < tokenizer.vocab_size:
+            return BadSample(
+                f"token {wrong} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}; name the tokenizer "
+                "that the tokens were made with"
+            ), 0
+    positions = options.costs.positions(content)
+    return (positions, 0) if isinstance(positions, BadSample) else (content, positions)
 
 
-def source_of(file: InputFile, text: str) -> Source:
+def scan_file(file: InputFile, columns: Mapping[str, str]) -> Iterator[Sample]:
+    """Stream the samples of a file."""
+    with open_blob(file.url) as blob:
+        yield from source_of(file, columns).scan(blob)
+
+
+def source_of(file: InputFile, columns: Mapping[str, str]) -> Source:
     """A source that reads `file`."""
-    made: Source = lookup(SOURCES, file.kind, "source")({"text": text})
+    made: Source = lookup(SOURCES, file.kind, "source")(columns)
     return made
-
-
-@dataclass
-class _Rows:
-    """Index rows of one shard, in order, and its blocks. Memory: 40 bytes a sample."""
-
-    count: int = 0
-    groups: list[list[int]] = field(default_factory=list)  # [samples in a block, blocks], run-length encoded
-    _rows: list[tuple[int, ...]] = field(default_factory=list)  # as `index.COLUMNS`
-    _done: list[Entries] = field(default_factory=list)
-    _block: int | None = None
-    _in_block: int = 0
-
-    def add(self, row: tuple[int, ...], block: int) -> None:
-        if block != self._block:
-            self._close()
-            self._block = block
-        self._in_block += 1
-        self.count += 1
-        self._rows.append(row)
-        if len(self._rows) >= 2**16:
-            self._compact()
-
-    def _compact(self) -> None:
-        self._done.append(Entries(*np.array(self._rows, np.int64).reshape(-1, len(COLUMNS)).T))
-        self._rows = []
-
-    def _close(self) -> None:
-        if self._in_block:
-            if self.groups and self.groups[-1][0] == self._in_block:
-                self.groups[-1][1] += 1
-            else:
-                self.groups.append([self._in_block, 1])
-        self._in_block = 0
-
-    def finish(self) -> Entries:
-        """All rows."""
-        self._close()
-        self._compact()
-        return concatenate(self._done)
-
-
-class InPlace:
-    """Collects index rows that point into the input files."""
-
-    def __init__(self, unit: Sequence[InputFile], options: UnitOptions, hashes: Mapping[str, str]) -> None:
-        self._files, self._hashes = unit, hashes
-        self._rows = [_Rows() for _ in unit]
-        self._sources = [source_of(file, options.text) for file in unit]
-
-    def add(self, document: Document, ids: np.ndarray | None) -> None:
-        """Index one document."""
-        place, cost = document.sample.place, 0 if ids is None else len(ids) + 1
-        block = self._sources[document.file].block(place)
-        check = checksum({"text": document.text})
-        self._rows[document.file].add((*place, document.sample.bytes, cost, check), block)
-
-    def finish(self) -> tuple[list[Shard], list[Entries]]:
-        """Shards that hold a sample, and their entries."""
-        shards, parts = [], []
-        for file, rows in zip(self._files, self._rows, strict=True):
-            if rows.count:
-                parts.append(rows.finish())
-                sha = self._hashes[str(file.path)]
-                shards.append(_shard(file.path, file.kind, file.source, sha, rows))
-        return shards, parts
-
-
-def _shard(path: Path, kind: str, source: int, sha256: str, rows: _Rows) -> Shard:
-    return Shard(
-        url=str(path),
-        kind=kind,
-        source=source,
-        size=path.stat().st_size,
-        sha256=sha256,
-        samples=rows.count,
-        groups=rows.groups,
-    )
-
-
-class Tokenised:
-    """Writes tokenised Parquet shards (columns `tokens`, `bytes`); a shard belongs to one source."""
-
-    def __init__(self, stem: Path, unit: Sequence[InputFile], options: UnitOptions) -> None:
-        assert options.tokenizer is not None
-        small = options.tokenizer.vocab_size <= 2**16
-        self._type = pa.list_(pa.uint16() if small else pa.int32())
-        self._width = 2 if small else 4
-        self._stem, self._unit, self._limit = stem, unit, options.shard_size
-        self._shards: list[Shard] = []
-        self._parts: list[Entries] = []
-        self._open: tuple[pq.ParquetWriter, Path, int] | None = None  # writer, path, source
-        self._rows = _Rows()
-        self._group: list[tuple[np.ndarray, int]] = []
-        self._group_number = self._shard_tokens = self._group_tokens = 0
-
-    def add(self, document: Document, ids: np.ndarray | None) -> None:
-        """Write one document."""
-        assert ids is not None
-        source = self._unit[document.file].source
-        if self._open and (self._open[2] != source or self._shard_tokens * self._width >= self._limit):
-            self._close()
-        if not self._open:
-            path = self._stem.with_name(f"{self._stem.name}-{len(self._shards):05d}.parquet")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            schema = pa.schema([("tokens", self._type), ("bytes", pa.int64())])
-            self._open = pq.ParquetWriter(_temporary(path), schema, compression="zstd"), path, source
-        place, ids = (self._group_number, len(self._group)), ids.astype(self._type.value_type.to_pandas_dtype())
-        check = checksum({"tokens": ids})
-        self._rows.add((*place, document.sample.bytes, len(ids) + 1, check), self._group_number)
-        self._group.append((ids, document.sample.bytes))
-        self._shard_tokens += len(ids)
-        self._group_tokens += len(ids)
-        if self._group_tokens >= _GROUP_TOKENS or len(self._group) >= 4096:
-            self._write_group()
-
-    def _write_group(self) -> None:
-        if self._group and self._open:
-            values = np.concatenate([ids for ids, _ in self._group])
-            offsets = np.cumsum([0, *(len(ids) for ids, _ in self._group)]).astype(np.int32)
-            tokens = pa.ListArray.from_arrays(offsets, pa.array(values))
-            sizes = pa.array([size for _, size in self._group], pa.int64())
-            table = pa.table([tokens, sizes], names=["tokens", "bytes"])
-            self._open[0].write_table(table, row_group_size=len(self._group))
-            self._group_number += 1
-        self._group, self._group_tokens = [], 0
-
-    def _close(self) -> None:
-        self._write_group()
-        if not self._open:
-            return
-        writer, path, source = self._open
-        writer.close()
-        os.replace(_temporary(path), path)
-        self._parts.append(self._rows.finish())
-        self._shards.append(_shard(path, "parquet", source, file_sha256(path), self._rows))
-        self._open, self._rows, self._group_number, self._shard_tokens = None, _Rows(), 0, 0
-
-    def finish(self) -> tuple[list[Shard], list[Entries]]:
-        """Shards that were written, and their entries."""
-        self._close()
-        return self._shards, self._parts
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
 
 
 def run_unit(
     number: int, unit: Sequence[InputFile], options: UnitOptions, out: Path, tick: Callable[[int], None]
 ) -> None:
-    """Index (and tokenise) one unit into `out/.work/NNNNN.*`, the record last; `tick` gets bytes of text."""
-    hashes = {str(file.path): file_sha256(file.path) for file in unit}
+    """Index (and tokenise) one unit into `out/.work/NNNNN.*`, the record last; `tick` gets bytes of samples.
+
+    Raises:
+        UserError: a bad sample (see `documents`), or a file that changed meanwhile.
+        StoreError: a file that cannot be read.
+    """
+    hashes = {}
+    for file in unit:
+        with open_blob(file.url) as blob:
+            hashes[file.url] = sha256_of(blob)
+    sources = [source_of(file, options.columns) for file in unit]
     sinks: dict[bool, InPlace | Tokenised] = {}
     for held, folder in ((False, out), (True, out / "heldout")):
-        stem = folder / "shards" / f"{number:05d}"
-        sinks[held] = Tokenised(stem, unit, options) if options.tokenize else InPlace(unit, options, hashes)
+        if options.tokenize and options.tokenizer:
+            stem = folder / "shards" / f"{number:05d}"
+            sinks[held] = Tokenised(stem, unit, options.tokenizer.vocab_size, options.shard_size)
+        else:
+            sinks[held] = InPlace(unit, sources, hashes)
     bad: list[str] = []
     for batch in _batches(documents(unit, options, bad)):
-        texts = [document.text for document in batch]
-        ids = options.tokenizer.encode(texts) if options.tokenizer else [None] * len(batch)
-        for document, tokens in zip(batch, ids, strict=True):
-            sinks[document.heldout].add(document, tokens)
-        tick(sum(document.sample.bytes for document in batch))
+        for document, row in zip(batch, _to_rows(batch, options), strict=True):
+            sinks[document.heldout].add(row)
+        tick(sum(_size(document) for document in batch))
     record: dict[str, Any] = {"key": unit_key(unit, options), "skipped": bad, "hashes": hashes}
     for part, sink in zip(PARTS, sinks.values(), strict=True):
         shards, entries = sink.finish()
         write_parquet(to_table(concatenate(entries)), out / ".work" / f"{number:05d}.{part}.parquet")
-        record[part] = {
-            "shards": [asdict(shard) for shard in shards],
-            "counts": [
-                [s.source, s.samples, int(e.bytes.sum()), int(e.tokens.sum())]
-                for s, e in zip(shards, entries, strict=True)
-            ],
-        }
+        record[part] = [asdict(shard) for shard in shards]
     for file in unit:
-        status = file.path.stat()
-        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-            raise UserError(f"{file.path} changed while it was being read; run the same command again")
+        if look(file.url) != (file.size, file.version):
+            raise UserError(f"{file.url} changed while it was being read; run the same command again")
     write_atomic(out / ".work" / f"{number:05d}.json", json.dumps(record))
+
+
+def _to_rows(batch: Sequence[Document], options: UnitOptions) -> list[Row]:
+    """Count (and, where shards are written, tokenise) a batch."""
+    records = [document.record for document in batch]
+    sizes = [document.sample.bytes for document in batch]
+    tokens: list[Any] = [()] * len(batch)
+    if "tokens" in options.columns and options.tokenizer:
+        tokens = [record["tokens"] for record in records]
+        sizes = options.tokenizer.text_bytes(tokens)
+    elif "text" in options.columns and options.tokenizer and options.counted:
+        tokens = list(options.tokenizer.encode([str(record["text"]) for record in records]))
+    if options.tokenize:
+        records = [{"tokens": ids} for ids in tokens]
+    return [
+        Row(d.file, d.sample.place, size, len(ids) + 1 + d.media if options.counted else 0, record)
+        for d, size, ids, record in zip(batch, sizes, tokens, records, strict=True)
+    ]
 
 
 def unit_key(unit: Sequence[InputFile], options: UnitOptions) -> str:
@@ -312,12 +206,20 @@ def unit_key(unit: Sequence[InputFile], options: UnitOptions) -> str:
     return hashlib.sha256(json.dumps([[f.key() for f in unit], options.key()]).encode()).hexdigest()
 
 
+def _size(document: Document) -> int:
+    """Bytes that a sample takes in memory, about."""
+    values = document.record.values()
+    return document.sample.bytes + sum(
+        value.nbytes if isinstance(value, np.ndarray) else len(value) for value in values if not isinstance(value, str)
+    )
+
+
 def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     size = 0
     for document in stream:
         batch.append(document)
-        size += document.sample.bytes
+        size += _size(document)
         if len(batch) >= _BATCH_DOCUMENTS or size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0

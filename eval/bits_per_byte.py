@@ -175,9 +175,9 @@ def read_documents(path: str | Path, tokenizer: Tokenizer) -> Iterator[Document]
         return
     for file in resolve([str(path)], "auto", Path(os.devnull)):
         source = lookup(SOURCES, file.kind, "source")({"text": "text"})
-        with open_blob(file.path) as blob:
+        with open_blob(file.url) as blob:
             for number, sample in enumerate(source.scan(blob)):
-                yield _good(sample.content, f"{file.path}, document {number}"), sample.bytes
+                yield _good(sample.content, f"{file.url}, document {number}"), sample.bytes
 
 
 def _of_manifest(manifest: Manifest, tokenizer: Tokenizer) -> Iterator[Document]:

@@ -17,6 +17,11 @@ COMMANDS = {
         "millrace prepare books/ --out data/books",
         "millrace.launch.prepare:main",
     ),
+    "data": (
+        "index files where they lie, verify them",
+        "millrace data index s3://bucket/web/ --out data/web",
+        "millrace.launch.data:main",
+    ),
     "pretrain": (
         "train a model, or continue the run",
         "millrace pretrain configs/tiny.toml data.manifest=data/books train.duration='2k steps'",

@@ -47,6 +47,10 @@ class Blob(ABC):
     def close(self) -> None:
         """Give back what is open; a second call does nothing."""
 
+    def forget(self) -> None:
+        """Drop what is kept of it on this node, so that the next read is the store's own."""
+        return None
+
     def __enter__(self) -> Blob:
         return self
 

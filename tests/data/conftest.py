@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import struct
+import wave
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from millrace.data.corpus import Corpus
+from millrace.data.manifest import Manifest
 from millrace.data.prepare import PrepareConfig, prepare
+from millrace.data.reader import ShardReader
+from millrace.data.sources.base import Content
 
 SENTENCE = "the quick brown fox jumps over a lazy dog while naïve 鳥 sing and 3.14 is printed"
 
@@ -34,13 +43,47 @@ def write_parquet(path: Path, documents: Sequence[str], row_group: int) -> Path:
     return path
 
 
-def prepare_documents(folder: Path, documents: Sequence[str], **options: object) -> Path:
-    """A manifest of `documents` as one JSONL file; returns its folder."""
+def prepare_documents(folder: Path, documents: Sequence[str], name: str = "", **options: object) -> Path:
+    """A manifest of `documents` as one JSONL file, with one source of that name; returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     source = write_jsonl(folder / "documents.jsonl", documents)
     values = {"vocab_size": 300} | options
-    prepare(PrepareConfig(inputs=[str(source)], out=str(folder / "corpus"), **values))  # type: ignore[arg-type]
+    prepare(PrepareConfig(inputs=[f"{name}={source}" if name else str(source)], out=str(folder / "corpus"), **values))  # type: ignore[arg-type]
     return folder / "corpus"
+
+
+def read_samples(folder: Path) -> list[Content]:
+    """Values of all samples of a manifest, in its order."""
+    manifest = Manifest.load(folder)
+    found = ShardReader(Corpus([manifest])).read(np.arange(manifest.samples))
+    return [found[sample] for sample in range(manifest.samples)]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def make_png(width: int, height: int) -> bytes:
+    """A black picture."""
+
+    def part(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    pixels = zlib.compress((b"\0" + b"\0" * width) * height)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", pixels) + part(b"IEND", b"")
+
+
+def make_wav(frames: int, rate: int) -> bytes:
+    """Silence, in mono."""
+    raw = io.BytesIO()
+    with wave.open(raw, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(b"\0\0" * frames)
+    return raw.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +94,10 @@ def corpora() -> SimpleNamespace:
         write_jsonl=write_jsonl,
         write_parquet=write_parquet,
         prepare_documents=prepare_documents,
+        read_samples=read_samples,
+        files_of=files_of,
+        make_png=make_png,
+        make_wav=make_wav,
     )
 
 

@@ -37,9 +37,9 @@ Consumed = list[tuple[int, int, int]]
 def folders(corpora: Any, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two manifests with one tokenizer."""
     folder = tmp_path_factory.mktemp("once")
-    first = corpora.prepare_documents(folder / "a", corpora.make_documents(70, seed=1))
+    first = corpora.prepare_documents(folder / "a", corpora.make_documents(70, seed=1), name="a")
     second = corpora.prepare_documents(
-        folder / "b", corpora.make_documents(40, seed=2, longest=200), tokenizer=str(first / "tokenizer")
+        folder / "b", corpora.make_documents(40, seed=2, longest=200), tokenizer=str(first / "tokenizer"), name="b"
     )
     return [str(first), str(second)]
 

@@ -35,12 +35,12 @@ SOURCES = [
 def folders(corpora: Any, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Three manifests of 30, 50 and 20 documents with one tokenizer."""
     folder = tmp_path_factory.mktemp("mixture")
-    first = corpora.prepare_documents(folder / "a", corpora.make_documents(30, seed=1))
+    first = corpora.prepare_documents(folder / "a", corpora.make_documents(30, seed=1), name="a")
     more = {"tokenizer": str(first / "tokenizer")}
     return [
         str(first),
         *(
-            str(corpora.prepare_documents(folder / name, corpora.make_documents(count, seed=count), **more))
+            str(corpora.prepare_documents(folder / name, corpora.make_documents(count, seed=count), name=name, **more))
             for name, count in (("b", 50), ("c", 20))
         ),
     ]

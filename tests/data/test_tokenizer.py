@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +34,23 @@ def text_without_surrogates() -> st.SearchStrategy[str]:
 def test_round_trip_is_lossless(tokenizer: Tokenizer, text: str) -> None:
     (ids,) = tokenizer.encode([text])
     assert tokenizer.decode(ids) == text
+
+
+@given(texts=st.lists(text_without_surrogates(), max_size=3))
+def test_the_bytes_of_tokens_are_those_of_their_text(tokenizer: Tokenizer, texts: list[str]) -> None:
+    ids = tokenizer.encode(texts)
+    assert tokenizer.text_bytes(ids) == [len(text.encode()) for text in texts]
+    bordered = [np.concatenate([i, [tokenizer.eos_id]]) for i in ids]
+    assert tokenizer.text_bytes(bordered) == tokenizer.text_bytes(ids)
+    spec = json.loads(tokenizer.backend.to_str())
+    decoded = Tokenizer(spec | {"decoder": {"type": "Sequence", "decoders": [spec["decoder"]]}}, {}, "the same")
+    assert decoded.text_bytes(bordered) == tokenizer.text_bytes(ids)
+
+
+def test_added_tokens_stand_for_their_text(tokenizer: Tokenizer) -> None:
+    spec = json.loads(tokenizer.backend.to_str())
+    spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 310, "content": "é!", "special": False})
+    assert Tokenizer(spec, {}, "a test").text_bytes([np.array([310, 0, 310], np.uint16)]) == [6]
 
 
 def test_every_byte_is_in_the_vocabulary(tokenizer: Tokenizer) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from millrace.data import SOURCES
 from millrace.launch.cli import main
 
 
@@ -64,7 +65,7 @@ def test_sizes_carry_units(text: Path) -> None:
         (["nowhere"], "nowhere"),
         (
             ["text", "--kind", "jsnl"],
-            "kind = 'jsnl': expected one of auto, jsonl, parquet, text; did you mean 'jsonl'?",
+            f"kind = 'jsnl': expected one of auto, {', '.join(SOURCES)}; did you mean 'jsonl'?",
         ),
         (["text", "--vocab-size", "many"], "vocab_size in the command line: cannot read 'many' as a quantity"),
         (["text", "--heldout", "1"], "heldout = 1.0 must be at least 0 and below 1"),
