@@ -21,4 +21,10 @@ DECODERS = {
 # A store opens a blob by its URL; the key is the URL's scheme.
 STORES = {
     "file": "millrace.data.stores.local:LocalBlob",
+    "s3": "millrace.data.stores.remote:ObjectBlob",
+    "gs": "millrace.data.stores.remote:ObjectBlob",
+    "az": "millrace.data.stores.remote:ObjectBlob",
+    "http": "millrace.data.stores.http:HttpBlob",
+    "https": "millrace.data.stores.http:HttpBlob",
+    "hf": "millrace.data.stores.hub:HubBlob",
 }

@@ -97,7 +97,8 @@ class ShardReader:
     def _forget(self, number: int) -> None:
         """Read a shard anew from now on, not from what is kept of it in memory or in the cache."""
         with self._lock:
-            self._blobs.pop(number, None)
+            if blob := self._blobs.pop(number, None):
+                blob.forget()
             self._sources.clear()
 
 

@@ -13,6 +13,11 @@ from millrace.core.units import fmt_size
 # name -> (what it does, an example, where it is)
 SUBCOMMANDS = {
     "index": ("index files where they lie", "millrace data index s3://bucket/web/ --out data/web", "prepare:index"),
+    "curate": (
+        "remove duplicates, bad text and evaluation text",
+        "millrace data curate 'web/*.jsonl' --out data/curated",
+        "curate:main",
+    ),
     "verify": ("hash all shards again", "millrace data verify data/web", "data:verify"),
     "stat": (
         "what a corpus holds, and what a run makes of it",

@@ -38,10 +38,10 @@ class Blob(ABC):
         """Where it lies on a local disk, if it does."""
         return None
 
-    def open(self) -> io.BufferedReader:
-        """A seekable file over `read`, for libraries that want one."""
+    def open(self, buffer_size: int = 2**20) -> io.BufferedReader:
+        """A seekable file over `read`, for libraries that want one; asks a store for `buffer_size` bytes at once."""
         path = self.path()
-        return open(path, "rb") if path else io.BufferedReader(_File(self), buffer_size=2**20)
+        return open(path, "rb") if path else io.BufferedReader(_File(self), buffer_size)
 
     @abstractmethod
     def close(self) -> None:
@@ -50,6 +50,11 @@ class Blob(ABC):
     def forget(self) -> None:
         """Drop what is kept of it on this node, so that the next read is the store's own."""
         return None
+
+    def check_range(self, start: int, stop: int) -> None:
+        """Raise `StoreError` where [start, stop) is not within it."""
+        if not 0 <= start <= stop <= self.size:
+            raise StoreError(f"{self.url} has {self.size} bytes: there are none from {start} to {stop}")
 
     def __enter__(self) -> Blob:
         return self
@@ -89,7 +94,7 @@ def scheme_of(url: str) -> str:
 
 
 def open_blob(url: str | Path) -> Blob:
-    """Open a path or a URL.
+    """Open a path or a URL; what is not on a local disk is read through the node's cache.
 
     Raises:
         UserError: a scheme that no store is registered for.
@@ -98,4 +103,8 @@ def open_blob(url: str | Path) -> Blob:
     from millrace.data import STORES
 
     blob: Blob = lookup(STORES, scheme_of(str(url)), "store")(str(url))
-    return blob
+    if blob.path():
+        return blob
+    from millrace.data.stores.cache import cached
+
+    return cached(blob)

@@ -49,5 +49,11 @@ class LocalBlob(Blob):
         if fd >= 0:
             os.close(fd)
 
+    def forget(self) -> None:
+        """Remove what `inflate` made of it."""
+        from millrace.data.stores.cache import key_of, node_cache
+
+        node_cache().forget(key_of(self))
+
     def __del__(self) -> None:
         self.close()
