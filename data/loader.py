@@ -23,6 +23,7 @@ from millrace.data.manifest import manifest_folder
 from millrace.data.mixture import ALL, Mixture, components
 from millrace.data.prefetch import Prefetcher
 from millrace.data.state import LoaderState, Stage
+from millrace.data.stores.waiting import stalls
 from millrace.data.stream import Deal, Planner, RowStream, window_samples
 from millrace.data.tokenizer import open_tokenizer, stored_tokenizer
 from millrace.data.workers import Workers
@@ -55,7 +56,9 @@ class Loader:
             self._maker = Workers(opened.spec, opened.state, config.workers)
         else:
             self._maker = _Inline(opened.builder(), opened.state)
-        self._prefetcher = Prefetcher(self._maker.next, config.prefetch) if config.prefetch else None
+        self._prefetcher = (
+            Prefetcher(self._maker.next, config.prefetch, self._maker.stalls) if config.prefetch else None
+        )
 
     def exclude(self, bad: Mapping[int, str]) -> None:
         """Keep the samples of `bad` (sample → why) out of all steps prepared from now on; their places stay empty.
@@ -112,6 +115,9 @@ class _Inline:
         frame = self._builder.build(self._state)
         self._state = LoaderState.from_dict(frame.meta["state"])
         return frame
+
+    def stalls(self) -> list[str]:
+        return stalls()
 
     def exclude(self, bad: Mapping[int, str]) -> None:
         self._builder.documents.exclude(bad)

@@ -11,13 +11,15 @@ from millrace.core.console import warn
 from millrace.data.frames import Frame
 
 _SAY_AFTER = 10.0  # seconds without a batch until the user is told
+_NAMED = 3  # reads that the message names
 
 
 class Prefetcher:
     """Calls `make` ahead of `next`, as long as what waits has less than `limit` bytes; one frame always may wait."""
 
-    def __init__(self, make: Callable[[], Frame], limit: int) -> None:
-        self._make, self._limit = make, limit
+    def __init__(self, make: Callable[[], Frame], limit: int, stalls: Callable[[], list[str]]) -> None:
+        """`stalls` names the reads that take long, for the message."""
+        self._make, self._limit, self._stalls = make, limit, stalls
         self._ready: deque[Frame | BaseException] = deque()
         self._bytes = 0
         self._changed = threading.Condition()
@@ -41,7 +43,8 @@ class Prefetcher:
                 waited = time.monotonic() - began
                 if waited >= max(_SAY_AFTER, 2 * said):
                     said = waited
-                    warn(f"the prefetched batches are used up, and no new one came for {waited:.0f} s")
+                    reads = f"; reading: {', '.join(self._stalls()[:_NAMED])}" if self._stalls() else ""
+                    warn(f"the prefetched batches are used up, and no new one came for {waited:.0f} s{reads}")
             if self._closed:
                 raise StopIteration
             item = self._ready.popleft()

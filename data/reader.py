@@ -35,7 +35,8 @@ class ShardReader:
     def read(self, samples: np.ndarray) -> dict[int, Content]:
         """Contents of `samples` (unique, ascending), read in the order in which they lie.
 
-        What was read is compared with the manifest's checksum; a sample that differs twice is bad.
+        What was read is compared with the manifest's checksum; what differs is read once more from where it lies, and
+        is bad if it still does.
 
         Raises:
             UserError: a shard is missing or has another size.
@@ -52,8 +53,11 @@ class ShardReader:
                 self._forget(number)
                 again = self._read(number, entries, np.array(wrong))
                 contents.update(
-                    (int(samples[i]), _ALTERED if _differs(content, int(entries.check[i])) else content)
-                    for i, content in zip(wrong, again, strict=True)
+                    (
+                        int(samples[i]),
+                        content if isinstance(content, BadSample) or not _differs(content, check) else _ALTERED,
+                    )
+                    for i, content, check in zip(wrong, again, entries.check[wrong].tolist(), strict=True)
                 )
         return contents
 
@@ -103,4 +107,5 @@ class ShardReader:
 
 
 def _differs(content: Content, check: int) -> bool:
-    return isinstance(content, dict) and checksum(content) != check
+    """Whether it is not what was indexed; what was indexed could be read."""
+    return isinstance(content, BadSample) or checksum(content) != check

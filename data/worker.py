@@ -6,17 +6,22 @@ What the rank tells it later (samples to leave out) comes as JSON lines on stand
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import threading
+import time
 from typing import Any, BinaryIO
 
 from millrace.core.errors import UserError
 from millrace.data.builder import Builder, Opened, Spec
 from millrace.data.frames import Frame, write_frame
 from millrace.data.state import LoaderState
+from millrace.data.stores.waiting import stalls
 from millrace.data.stream import Share
+
+_REPORT_EVERY = 3.0  # seconds
 
 
 def main() -> int:
@@ -39,13 +44,25 @@ def _work(start: dict[str, Any], out: BinaryIO) -> None:
     builder = Opened(Spec.from_json(start["spec"]), state).builder(share)
     builder.documents.exclude(_samples(start["exclude"]))
     threading.Thread(target=_listen, args=(builder,), name="millrace-listen", daemon=True).start()
+    writing = threading.Lock()
+    threading.Thread(target=_report, args=(out, writing), name="millrace-report", daemon=True).start()
     while True:
         if share.mine(state.steps):
             frame = builder.build(state)
-            write_frame(out, frame)
+            with writing:
+                write_frame(out, frame)
             state = LoaderState.from_dict(frame.meta["state"])
         else:
             state = builder.skip(state)
+
+
+def _report(out: BinaryIO, writing: threading.Lock) -> None:
+    """Tell the rank of reads that take long."""
+    while True:
+        time.sleep(_REPORT_EVERY)
+        if reads := stalls():
+            with writing, contextlib.suppress(BrokenPipeError):
+                write_frame(out, Frame({"stalls": reads}))
 
 
 def _samples(plain: dict[str, str]) -> dict[int, str]:

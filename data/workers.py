@@ -27,6 +27,7 @@ class Workers:
     def __init__(self, spec: Spec, state: LoaderState, count: int) -> None:
         self._spec, self._state, self._count = spec, state, count
         self._exclude: dict[str, str] = {}
+        self._stalls: list[str] = []
         self._lock = threading.Lock()
         self._closed = False
         self._number = 0  # of the next step, from the start
@@ -72,16 +73,19 @@ class Workers:
         while not self._closed:
             process = self._processes[self._number % self._count]
             frame = read_frame(process.stdout)  # type: ignore[arg-type]
-            if frame is not None:
+            if frame is not None and "stalls" in frame.meta:
+                self._stalls = frame.meta["stalls"]
+            elif frame is not None:
                 return self._take(frame)
-            deaths += 1
-            self._restart(process, deaths)
+            else:
+                deaths += 1
+                self._restart(process, deaths)
         raise StopIteration
 
     def _take(self, frame: Frame) -> Frame:
         if "error" in frame.meta:
             raise UserError(frame.meta["error"])
-        self._state = LoaderState.from_dict(frame.meta["state"])
+        self._state, self._stalls = LoaderState.from_dict(frame.meta["state"]), []
         self._number += 1
         return frame
 
@@ -100,6 +104,10 @@ class Workers:
             _close_pipes(process)
             if not self._closed:
                 self._processes[self._number % self._count] = self._start(0)
+
+    def stalls(self) -> list[str]:
+        """Reads that take long, as the worker whose step is due said last."""
+        return self._stalls
 
     def exclude(self, bad: Mapping[int, str]) -> None:
         """As `Documents.exclude`, in all workers."""
