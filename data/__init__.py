@@ -7,8 +7,15 @@ if __name__ != "millrace.data":
 
 # A source reads one shard in place. The kind is stored per shard in a manifest, so kinds may be mixed.
 SOURCES = {
+    "arrow": "millrace.data.sources.arrow:ArrowSource",
+    "folder": "millrace.data.sources.folder:FolderSource",
     "jsonl": "millrace.data.sources.jsonl:JsonlSource",
+    "jsonl.gz": "millrace.data.sources.compressed:JsonlGzSource",
+    "jsonl.zst": "millrace.data.sources.compressed:JsonlZstSource",
+    "mds": "millrace.data.sources.mds:MdsSource",
+    "megatron": "millrace.data.sources.megatron:MegatronSource",
     "parquet": "millrace.data.sources.parquet:ParquetSource",
+    "tar": "millrace.data.sources.tar:TarSource",
     "text": "millrace.data.sources.text:TextSource",
 }
 

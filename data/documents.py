@@ -18,6 +18,7 @@ from millrace.data.corpus import Corpus
 from millrace.data.costs import Costs
 from millrace.data.reader import ShardReader
 from millrace.data.sources.base import BadSample, Content, Record
+from millrace.data.sources.values import without_borders
 from millrace.data.tokenizer import Tokenizer
 
 _READ_TOGETHER = 64  # samples that a thread reads at a time
@@ -138,7 +139,11 @@ class Documents:
             return
         texts = [str(record.get("text", "")) for record in records.values() if "tokens" not in record]
         encoded = iter(self._tokenizer.encode(texts))
-        ids = [np.asarray(r["tokens"]) if "tokens" in r else next(encoded) for r in records.values()]
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        ids = [
+            without_borders(np.asarray(r["tokens"]), bos, eos) if "tokens" in r else next(encoded)
+            for r in records.values()
+        ]
         media = self._pool.map(_media, records.values()) if self._corpus.media else ({} for _ in records)
         for sample, text, decoded in zip(records, ids, media, strict=True):
             self._held[sample].content = decoded if isinstance(decoded, BadSample) else self._document(text, decoded)

@@ -24,6 +24,7 @@ from millrace.data.index import concatenate, to_table, write_parquet
 from millrace.data.inputs import InputFile, look, sha256_of
 from millrace.data.shards import InPlace, Row, Tokenised
 from millrace.data.sources.base import BadSample, Content, Record, Sample, Source
+from millrace.data.sources.values import without_borders
 from millrace.data.stores.base import open_blob
 from millrace.data.tokenizer import Tokenizer
 
@@ -189,7 +190,8 @@ def _to_rows(batch: Sequence[Document], options: UnitOptions) -> list[Row]:
     sizes = [document.sample.bytes for document in batch]
     tokens: list[Any] = [()] * len(batch)
     if "tokens" in options.columns and options.tokenizer:
-        tokens = [record["tokens"] for record in records]
+        bos, eos = options.tokenizer.bos_id, options.tokenizer.eos_id
+        tokens = [without_borders(np.asarray(record["tokens"]), bos, eos) for record in records]
         sizes = options.tokenizer.text_bytes(tokens)
     elif "text" in options.columns and options.tokenizer and options.counted:
         tokens = list(options.tokenizer.encode([str(record["text"]) for record in records]))

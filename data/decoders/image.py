@@ -1,13 +1,91 @@
-"""Stand-in until the decoder exists: the size of a PNG, from its header."""
+"""Images, by Pillow: the size from the header, the pixels as 8-bit RGB.
+
+Errors are `ValueError`s whose message is the reason, fit for a `BadSample`.
+"""
 
 from __future__ import annotations
 
-import struct
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 64 * 2**20
+_ORIENTATION = 0x0112  # Exif 2.3, 4.6.4: values 5 to 8 exchange width and height
 
 
-def size(raw: bytes) -> tuple[int, int]:
-    """(width, height); raises `ValueError` where it is no PNG."""
-    if len(raw) < 24 or raw[:8] != b"\x89PNG\r\n\x1a\n":
-        raise ValueError("not an image that can be read")
-    width, height = struct.unpack(">II", raw[16:24])
-    return width, height
+def size(raw: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) in pixels as `decode` gives them, from the header alone.
+
+    Raises:
+        ValueError: not an image of `FORMATS`, or more than `max_pixels`.
+    """
+    image = _open(raw, max_pixels)
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def decode(raw: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Pixels, uint8 of shape (H, W, 3), turned as the Exif orientation says; of an animation the first frame.
+
+    Grey and palettes become RGB, 16 bits become 8, transparency is dropped.
+
+    Raises:
+        ValueError: not an image of `FORMATS`, more than `max_pixels`, cut short or damaged.
+    """
+    image = _open(raw, max_pixels)
+    turned = _orientation(image)
+    try:
+        image.load()
+        if image.mode.startswith("I;16"):
+            pixels = np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"its pixels have 32 bits (mode {image.mode})")
+        else:
+            pixels = np.array(image.convert("RGB"))
+    except Exception as error:  # Pillow raises many kinds for damaged files; all mean that it cannot be decoded
+        raise ValueError(f"a damaged {image.format} image: {error}") from None
+    return _turn(pixels, turned)
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels (H, W, 3) as they are to be seen; Exif's values are the 8 symmetries of a rectangle."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, from what precedes the pixels; 1 where Exif is damaged. Pillow turns TIFFs itself."""
+    from PIL import Image
+
+    if image.format == "TIFF":
+        return 1
+    try:
+        found = Image.Image.getexif(image).get(_ORIENTATION, 1)  # PNG's own method would decode the pixels
+    except Exception:  # Exif is often damaged where the image is not
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _open(raw: bytes, max_pixels: int) -> Image.Image:
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        width, height = image.size
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"not an image that can be read ({', '.join(FORMATS)})") from None
+    except Exception as error:
+        raise ValueError(f"a damaged image: {error}") from None
+    if width * height > max_pixels:
+        raise ValueError(f"{width} x {height} pixels, more than {max_pixels}")
+    return image

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from millrace.core.errors import UserError, did_you_mean
-from millrace.data.sources.base import BadSample, Content, Value, decode, text_bytes
+from millrace.data.sources.base import MAX_SAMPLE_BYTES, BadSample, Content, Value, decode, text_bytes
 
 Get = Callable[[int], Value | BadSample]
 
 
-def wanted_columns(columns: Mapping[str, str], names: list[str], url: str) -> list[str]:
-    """Names of the columns to read.
+def wanted_columns(wanted: Sequence[str], names: Sequence[str], url: str) -> list[str]:
+    """`wanted`, the columns to read, after a check that they are among `names`.
 
     Raises:
         UserError: one of them is missing.
     """
-    for name in columns.values():
+    for name in wanted:
         if name not in names:
             hint = did_you_mean(name, names) or f"; its columns are: {', '.join(names)}"
             raise UserError(f"{url} has no column '{name}'{hint}")
-    return list(columns.values())
+    return list(wanted)
 
 
 class Rows:
@@ -46,6 +46,8 @@ class Rows:
 
     def record(self, index: int, where: str) -> Content:
         """Values of row `index`; `where` names it in messages."""
+        if not 0 <= index < self.length:
+            return BadSample(f"{where} does not exist: there are {self.length}")
         found = {}
         for role, get in self._get.items():
             value = get(index)
@@ -63,23 +65,40 @@ def _reader(role: str, array: pa.Array) -> Get:
     if isinstance(array, pa.ChunkedArray):  # combine_chunks of nothing
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
+        return _coded(role, array)
     if role == "tokens":
         return _tokens(array)
     if role in ("image", "audio") and pa.types.is_struct(array.type) and array.type.get_field_index("bytes") >= 0:
-        array = array.field("bytes")  # how `datasets` stores files
+        array = array.flatten()[array.type.get_field_index("bytes")]  # how `datasets` stores files
     return _text(array) if role == "text" else _binary(array)
+
+
+def _coded(role: str, array: pa.Array) -> Get:
+    """Rows of a dictionary array, looked up one by one: written out, a few long values could fill the memory."""
+    read, known = _reader(role, array.dictionary), len(array.dictionary)
+    codes = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
+    null = array.is_null().to_numpy(zero_copy_only=False)
+
+    def get(i: int) -> Value | BadSample:
+        if null[i] or not 0 <= codes[i] < known:
+            return BadSample(
+                " is null" if null[i] else f" has code {codes[i]} of a dictionary of {known}: it is damaged"
+            )
+        return read(codes[i])
+
+    return get
 
 
 def _slices(array: pa.Array) -> tuple[Callable[[int], bool], np.ndarray, memoryview]:
     """(is a row null?, offsets of the rows, the bytes) of a binary or string array."""
     wide = pa.types.is_large_binary(array.type) or pa.types.is_large_string(array.type)
     _, offsets, data = array.buffers()
-    at = np.frombuffer(offsets, np.int64 if wide else np.int32) if offsets else np.zeros(1, np.int64)
+    count = array.offset + len(array) + 1
+    at = np.frombuffer(offsets, np.int64 if wide else np.int32, count) if offsets else np.zeros(count, np.int64)
     null = array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None
     return (
         (lambda i: bool(null[i])) if null is not None else (lambda i: False),
-        at[array.offset : array.offset + len(array) + 1],
+        at[array.offset :],
         memoryview(data) if data is not None else memoryview(b""),
     )
 
@@ -90,9 +109,10 @@ def _text(array: pa.Array) -> Get:
     null, at, data = _slices(array)
 
     def get(i: int) -> str | BadSample:
-        if null(i):
-            return BadSample(" is null")
-        text = decode(data[at[i] : at[i + 1]])
+        start, stop = int(at[i]), int(at[i + 1])
+        if null(i) or stop - start > MAX_SAMPLE_BYTES:
+            return _unfit(null(i), stop - start)
+        text = decode(data[start:stop])
         return BadSample(f": {text.why}") if isinstance(text, BadSample) else text
 
     return get
@@ -102,13 +122,33 @@ def _binary(array: pa.Array) -> Get:
     if not (pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)):
         raise TypeError("not bytes of files")
     null, at, data = _slices(array)
-    return lambda i: BadSample(" is null") if null(i) else bytes(data[at[i] : at[i + 1]])
+
+    def get(i: int) -> bytes | BadSample:
+        start, stop = int(at[i]), int(at[i + 1])
+        if null(i) or stop - start > MAX_SAMPLE_BYTES:
+            return _unfit(null(i), stop - start)
+        return bytes(data[start:stop])
+
+    return get
+
+
+def _unfit(null: bool, size: int) -> BadSample:
+    return BadSample(" is null" if null else f" has {size} bytes, more than {MAX_SAMPLE_BYTES}")
 
 
 def _tokens(array: pa.Array) -> Get:
     kind = array.type
     if not ((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)):
         raise TypeError("not a list of integers")
-    at, values = array.offsets.to_numpy(), array.values.to_numpy(zero_copy_only=False)
+    at, values = array.offsets.to_numpy(), array.values.fill_null(0).to_numpy(zero_copy_only=False)
     null = array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None
-    return lambda i: BadSample(" is null") if null is not None and null[i] else values[at[i] : at[i + 1]]
+    holes = array.values.is_null().to_numpy(zero_copy_only=False) if array.values.null_count else None
+
+    def get(i: int) -> np.ndarray | BadSample:
+        if null is not None and null[i]:
+            return BadSample(" is null")
+        if holes is not None and holes[at[i] : at[i + 1]].any():
+            return BadSample(": a token is null")
+        return values[at[i] : at[i + 1]]
+
+    return get

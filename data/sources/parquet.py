@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millrace.core.errors import UserError
-from millrace.data.sources.base import Content, Place, Sample, Source
+from millrace.data.sources.base import BadSample, Content, Place, Sample, Source
 from millrace.data.sources.columnar import Rows, wanted_columns
-from millrace.data.stores.base import Blob
+from millrace.data.sources.recent import Recent
+from millrace.data.stores.base import Blob, StoreError
 
 _CACHE_BYTES = 512 * 2**20  # decoded row groups kept: a window visits `shuffle_blocks` of them, over and over
+_MAX_GROUP = 2**32  # bytes of a row group, decompressed
 
 
 class ParquetSource(Source):
@@ -23,16 +25,17 @@ class ParquetSource(Source):
 
     def __init__(self, columns: Mapping[str, str]) -> None:
         super().__init__(columns)
-        self._groups: OrderedDict[tuple[str, int], Rows] = OrderedDict()
-        self._lock = threading.Lock()
+        self._groups: Recent[Rows] = Recent(_CACHE_BYTES, lambda rows: rows.nbytes)
 
     def scan(self, blob: Blob) -> Iterator[Sample]:
         """Stream one row group at a time."""
-        with self._open(blob) as file:
-            wanted = wanted_columns(self.columns, file.schema_arrow.names, blob.url)
+        with _open(blob) as file:
+            wanted = wanted_columns(list(self.columns.values()), file.schema_arrow.names, blob.url)
             for group in range(file.num_row_groups):
+                _check_size(blob, file, group)
                 row = 0
-                for batch in file.iter_batches(1024, row_groups=[group], columns=wanted, use_threads=False):
+                batches = file.iter_batches(1024, row_groups=[group], columns=wanted, use_threads=False)
+                while (batch := _sound(blob, group, partial(next, batches, None))) is not None:
                     rows = Rows(pa.Table.from_batches([batch]), self.columns, blob.url)
                     for index in range(rows.length):
                         content = rows.record(index, _where((group, row)))
@@ -40,34 +43,57 @@ class ParquetSource(Source):
                         row += 1
 
     def read(self, blob: Blob, places: Sequence[Place]) -> list[Content]:
-        """Decode each row group once; the most recent ones stay in a bounded cache."""
+        """Decode each row group once; the most recent stay in a bounded cache. All rows of a damaged one are bad."""
         contents: list[Content] = []
-        for group, members in groupby(places, key=lambda place: place[0]):
-            rows = self._group(blob, group)
-            contents += [rows.record(place[1], _where(place)) for place in members]
+        for group, places_in_it in groupby(places, key=lambda place: place[0]):
+            members = list(places_in_it)
+            try:
+                rows = self._groups.get((blob.url, group), partial(self._group, blob, group))
+                contents += [rows.record(place[1], _where(place)) for place in members]
+            except UserError as error:
+                contents += [BadSample(str(error)) for _ in members]
         return contents
 
-    def _open(self, blob: Blob) -> pq.ParquetFile:
-        try:
-            return pq.ParquetFile(blob.open(), pre_buffer=blob.path() is None)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{blob.url} is not a readable Parquet file: {error}") from None
-
     def _group(self, blob: Blob, group: int) -> Rows:
-        key = (blob.url, group)
-        with self._lock:
-            if key in self._groups:
-                self._groups.move_to_end(key)
-                return self._groups[key]
-        with self._open(blob) as file:
-            wanted = [name for role, name in self.columns.items() if role != "bytes"]
-            table = file.read_row_group(group, columns=wanted, use_threads=False)
-        rows = Rows(table, self.columns, blob.url)
-        with self._lock:
-            self._groups[key] = rows
-            while len(self._groups) > 1 and sum(r.nbytes for r in self._groups.values()) > _CACHE_BYTES:
-                self._groups.popitem(last=False)
+        with _open(blob) as file:
+            names = [name for role, name in self.columns.items() if role != "bytes"]
+            wanted = wanted_columns(names, file.schema_arrow.names, blob.url)
+            _check_size(blob, file, group)
+            table = _sound(blob, group, partial(file.read_row_group, group, columns=wanted, use_threads=False))
+        rows: Rows = _sound(blob, group, partial(Rows, table, self.columns, blob.url))
         return rows
+
+
+def _open(blob: Blob) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(blob.open(), pre_buffer=blob.path() is None)
+        assert file.schema_arrow.names is not None  # decodes them
+        return file
+    except StoreError:
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{blob.url} is not a readable Parquet file: {error}") from None
+
+
+def _check_size(blob: Blob, file: pq.ParquetFile, group: int) -> None:
+    """Refuse what is too large for memory, as the footer has it, before it is decompressed.
+
+    The sizes of single columns are not asked for: where the footer is damaged, pyarrow ends the process.
+    """
+    size = file.metadata.row_group(group).total_byte_size
+    if size > _MAX_GROUP:
+        raise UserError(
+            f"{blob.url}: row group {group} has {size} bytes, more than {_MAX_GROUP}; write smaller row groups"
+        )
+
+
+def _sound(blob: Blob, group: int, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except StoreError:
+        raise
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise UserError(f"{blob.url}: row group {group} is damaged: {error}") from None
 
 
 def _where(place: Place) -> str:

@@ -8,7 +8,7 @@ import random
 import struct
 import wave
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,3 +114,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Pa
         write_parquet(folder / f"{number}.parquet", documents[number * 30 : number * 30 + 30], 7)
     prepare(PrepareConfig(inputs=[str(folder / "*.parquet")], out=str(folder / "out"), vocab_size=300))
     return folder / "out"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The node's cache of the user who runs the tests is not touched."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MILLRACE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
