@@ -31,9 +31,11 @@ def window_samples(corpus: Corpus, wanted: int) -> int:
 class Expecting(Protocol):
     """Who is told what will be needed: `Documents`, or nobody that reads."""
 
-    def expect(self, samples: np.ndarray) -> None: ...
+    def expect(self, samples: np.ndarray) -> None:
+        """Each of `samples` will be taken once."""
 
-    def refuse(self, samples: np.ndarray, why: str) -> None: ...
+    def refuse(self, samples: np.ndarray, why: str) -> None:
+        """None of `samples` can be used."""
 
 
 class Unread:
