@@ -13,7 +13,7 @@ from millrace.data.stores.cache import inflate
 
 _RATIO = 100  # text shrinks to a third or a tenth, logs to a fiftieth; a bomb to a thousandth
 _FLOOR = 64 * 2**20  # bytes that any file may hold
-_OPEN = 64  # decompressed shards kept open
+_OPEN = 16  # decompressed shards kept open
 
 
 class Plain:
@@ -26,11 +26,10 @@ class Plain:
         """A blob over the decompressed content of `blob`, kept open for the next call.
 
         Raises:
-            UserError: damaged, or a bomb: more than 100 times the shard's size, and more than 64 MiB.
-            StoreError: it cannot be read.
+            StoreError: damaged, or a bomb: more than 100 times the shard's size, and more than 64 MiB.
         """
         limit = max(_FLOOR, _RATIO * blob.size)
-        return self._open.get(blob.url, lambda: inflate(blob, compression, limit))
+        return self._open.get((blob.url, blob.version()), lambda: inflate(blob, compression, limit))
 
 
 class _CompressedJsonl(JsonlSource):

@@ -54,11 +54,14 @@ class JsonlSource(Source):
     def read(self, blob: Blob, places: Sequence[Place]) -> list[Content]:
         """Read each line, those that lie close at once."""
         ranges = zip(read_ranges(blob, places), places, strict=True)
-        return [self._content(parse_line(raw, offset), offset) for raw, (offset, _) in ranges]
+        return [self._parse(raw, offset) for raw, (offset, _) in ranges]
 
     def block(self, place: Place) -> int:
         """Lines that start in the same mebibyte."""
         return place[0] >> _BLOCK_BITS
+
+    def _parse(self, line: bytes | memoryview, offset: int) -> Content:
+        return self._content(parse_line(line, offset), offset)
 
     def _content(self, row: Any, offset: int) -> Content:
         if isinstance(row, BadSample):

@@ -80,7 +80,7 @@ def _check_size(blob: Blob, file: pq.ParquetFile, group: int) -> None:
 
     The sizes of single columns are not asked for: where the footer is damaged, pyarrow ends the process.
     """
-    size = file.metadata.row_group(group).total_byte_size
+    size = _sound(blob, group, lambda: file.metadata.row_group(group).total_byte_size)
     if size > _MAX_GROUP:
         raise UserError(
             f"{blob.url}: row group {group} has {size} bytes, more than {_MAX_GROUP}; write smaller row groups"
@@ -92,7 +92,7 @@ def _sound(blob: Blob, group: int, read: Callable[[], Any]) -> Any:
         return read()
     except StoreError:
         raise
-    except (pa.ArrowException, OSError, MemoryError) as error:
+    except (pa.ArrowException, OSError, MemoryError, IndexError) as error:
         raise UserError(f"{blob.url}: row group {group} is damaged: {error}") from None
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import datasets
+import huggingface_hub.constants
 import pytest
 
 from millrace.core.errors import UserError
@@ -64,6 +65,7 @@ def test_a_state_that_names_other_files_is_refused(tmp_path: Path, saved: datase
 def test_a_prepared_data_set_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     folder = tmp_path / "raw"
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -73,11 +73,7 @@ def test_a_bomb_is_refused_before_it_fills_the_disk(tmp_path: Path, kind: str) -
     with pytest.raises(StoreError, match="bomb is larger than 64.0 MiB when decompressed: refused"):
         scan(kind, TEXT, path)
     with pytest.raises(StoreError, match="refused"):
-        make(kind, TEXT).read(*_blob_and_places(path))
-
-
-def _blob_and_places(path: Path) -> tuple:
-    return open_blob(path), [(0, 10)]
+        make(kind, TEXT).read(open_blob(path), [(0, 10)])
 
 
 def test_tokens_are_integers_of_32_bits(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from millrace.core.errors import UserError
 from millrace.data.sources.base import MAX_SAMPLE_BYTES, BadSample
+from millrace.data.stores.base import open_blob
 from tests.data.sources.check import agree, contents, cut_everywhere, make, scan
 
 BOTH = {"image": "jpg", "text": "txt"}
@@ -255,14 +256,8 @@ def test_a_flipped_bit_is_never_a_crash(tmp_path: Path) -> None:
             scan("tar", BOTH, path)
         except UserError as error:
             assert "is not a whole tar archive" in str(error)
-        for content in make("tar", BOTH).read(_open(path), [sample.place for sample in good]):
+        for content in make("tar", BOTH).read(open_blob(path), [sample.place for sample in good]):
             assert isinstance(content, BadSample) or set(content) == {"image", "text"}
-
-
-def _open(path: Path):
-    from millrace.data.stores.base import open_blob
-
-    return open_blob(path)
 
 
 LIMITED = """
