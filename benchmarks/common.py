@@ -144,7 +144,7 @@ class Workers:
         with open(self._logs[rank], "w") as log:
             return subprocess.Popen(
                 command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=ROOT, pass_fds=[self._done],
-                preexec_fn=_die_with_parent, bufsize=0,  # closing the pipe to a dead child must have nothing to send
+                preexec_fn=die_with_parent, bufsize=0,  # closing the pipe to a dead child must have nothing to send
             )  # fmt: skip
 
     def __enter__(self) -> Workers:
@@ -207,7 +207,7 @@ class Turns:
             os.write(int(os.environ["BENCHMARK_TURNS"]), f"{seconds}\n".encode())
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child: ask Linux to kill it when the benchmark dies, however it dies."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.data.manifest import Manifest
+from millrace.data.corpus import Corpus
 from millrace.data.reader import ShardReader
 from millrace.data.stores import cache, node
 from millrace.data.stores.base import Blob, StoreError, open_blob
@@ -394,7 +394,7 @@ def test_a_sample_that_differs_is_read_from_the_store(server: Any, corpora: Simp
     server.files["/documents.jsonl"] = content
     text = (path / "manifest.json").read_text().replace(json.dumps(str(shard)), f'"{server.url}/documents.jsonl"')
     (path / "manifest.json").write_text(text)
-    reader, samples = ShardReader(Manifest.load(path)), np.arange(20)
+    reader, samples = ShardReader(Corpus.load(str(path))), np.arange(20)
     blob = open_blob(f"{server.url}/documents.jsonl")
     folder, key = cache.node_cache(), cache.key_of(blob)
     with folder.locked(key, range(1)):

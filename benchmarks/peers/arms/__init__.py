@@ -1,0 +1,1 @@
+"""One file per library: `open_stream(job, state)` gives a `peers.job.Stream`."""
