@@ -69,7 +69,17 @@ def test_the_guard_leaves_the_right_name_alone() -> None:
 def registries() -> list[tuple[str, str, str, str]]:
     found = []
     for module in modules():
-        for attribute in ("REGISTRY", "SOURCES", "CONFIGS", "COMMANDS", "OPTIMIZERS", "SCHEDULES", "TASKS"):
+        for attribute in (
+            "REGISTRY",
+            "SOURCES",
+            "STORES",
+            "DECODERS",
+            "CONFIGS",
+            "COMMANDS",
+            "OPTIMIZERS",
+            "SCHEDULES",
+            "TASKS",
+        ):
             if f"\n{attribute} = {{" in modules()[module].read_text():
                 table = load(f"{module}:{attribute}")
                 for kind, target in table.items():
