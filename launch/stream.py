@@ -146,11 +146,21 @@ def _show_rows(micro: Any, opened: Any, options: argparse.Namespace) -> None:
             where = opened.corpus.shard_url(sample)
             note = f", {masked} without target" if masked else ""
             print(f"── sample {sample}, positions {start}–{end}{note} ({where})")
-            print(tokenizer.decode(ids))
+            print(_shown(tokenizer, ids, [m for m in micro.media if m.row == row and at <= m.start < at + count], at))
             at += count
     for number, medium in enumerate(micro.media):
         if medium.row < options.rows:
             _show_value(medium.role, medium.value.numpy(), f"row{medium.row}-{number}", options)
+
+
+def _shown(tokenizer: Any, ids: list[int], media: list[Any], at: int) -> str:
+    """Text of a document, with media named where they stand."""
+    parts, done = [], 0
+    for medium in media:
+        start = medium.start - at
+        parts += [tokenizer.decode(ids[done:start]), f"⟨{medium.role}: {medium.positions} positions⟩"]
+        done = start + medium.positions
+    return "".join([*parts, tokenizer.decode(ids[done:])])
 
 
 def _show_samples(batch: Any, opened: Any, options: argparse.Namespace) -> None:
