@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.core.errors import UserError, did_you_mean
+from millrace.data.dataset_files import arrow_files
 from millrace.data.stores.base import Blob, StoreError, open_blob, scheme_of
 
 # By suffix; a kind that SOURCES does not have is refused when it is read.
@@ -111,16 +112,24 @@ def resolve(inputs: Sequence[str], kind: str, out: Path) -> list[InputFile]:
     """
     found: dict[str, int] = {}
     for source, name in enumerate(inputs):
-        for url in _urls(name, kind) if scheme_of(name) != "file" else _paths(name, kind, out):
+        for url in _named(name, kind, out):
             if url in found:
                 raise UserError(f"{url} is named twice, by '{inputs[found[url]]}' and '{name}'; name it once")
             found[url] = source
     with ThreadPoolExecutor(_LOOKS) as pool:
         looks = list(pool.map(look, found))
     return [
-        InputFile(url, _kind(url) or "text" if kind == "auto" else kind, source, size, version)
+        InputFile(
+            url, _kind(url) or "text" if kind == "auto" or url.endswith(".arrow") else kind, source, size, version
+        )
         for (url, source), (size, version) in zip(found.items(), looks, strict=True)
     ]
+
+
+def _named(name: str, kind: str, out: Path) -> list[str]:
+    if name.startswith(DATASET):
+        return [str(path) for path in arrow_files(name) or ()]
+    return _urls(name, kind) if scheme_of(name) != "file" else _paths(name, kind, out)
 
 
 def look(url: str) -> tuple[int, str]:

@@ -18,6 +18,7 @@ from millrace.core.errors import UserError, did_you_mean
 from millrace.core.rundir import write_atomic
 from millrace.data import SOURCES
 from millrace.data.costs import Costs
+from millrace.data.dataset_files import arrow_files
 from millrace.data.importing import import_dataset
 from millrace.data.inputs import DATASET, InputFile, Progress, name_inputs, resolve
 from millrace.data.manifest import Header, Kept, Manifest, build_manifest
@@ -157,12 +158,12 @@ def _options(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _files(config: PrepareConfig, inputs: Sequence[str], out: Path, progress: Progress) -> list[InputFile]:
-    """Files of all inputs; data sets are brought here first."""
+    """Files of all inputs; data sets that no Arrow files on this machine hold are imported first."""
     text, names = config.columns.get("text"), list(inputs)
     for number, name in enumerate(inputs):
-        if name.startswith(DATASET):
+        if name.startswith(DATASET) and arrow_files(name) is None:
             if text is None:
-                raise UserError(f"'{name}': a data set is read as text; name its text column with `text`")
+                raise UserError(f"'{name}' has to be imported, as text; name its text column with `text`")
             names[number] = import_dataset(name, number, text, out / "raw", config.shard_size, progress)
     files = resolve(names, config.kind, out)
     for file in files:

@@ -357,7 +357,8 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("saved", [True, False])
-def test_data_sets_are_streamed_into_shards(tmp_path: Path, corpora: Any, saved: bool) -> None:
+def test_data_sets_are_read_in_place_or_streamed_into_shards(tmp_path: Path, corpora: Any, saved: bool) -> None:
+    """What `save_to_disk` wrote is Arrow, read where it lies; anything else is imported."""
     import datasets
 
     documents = corpora.make_documents(50)
@@ -369,7 +370,8 @@ def test_data_sets_are_streamed_into_shards(tmp_path: Path, corpora: Any, saved:
         made.to_json(tmp_path / "set" / "train.jsonl")
     name = f"datasets:{tmp_path / 'set'}::train"
     summary = run(tmp_path / "out", name, shard_size=1500)
-    assert len(Manifest.load(tmp_path / "out").shards) > 2
+    kinds = [(shard.kind, "set" in Path(shard.url).parts) for shard in Manifest.load(tmp_path / "out").shards]
+    assert kinds == [("arrow", True)] if saved else len(kinds) > 2 and set(kinds) == {("jsonl", False)}
     assert texts_of(tmp_path / "out") == documents
     assert summary.train[0] | {"bytes": 0, "tokens": 0} == {
         "name": "set",
@@ -389,8 +391,10 @@ def test_an_interrupted_data_set_continues_where_it_was(
 ) -> None:
     import datasets
 
-    datasets.Dataset.from_dict({"text": corpora.make_documents(50)}).save_to_disk(tmp_path / "set")
-    name, skips = f"datasets:{tmp_path / 'set'}", []
+    made = datasets.Dataset.from_dict({"text": corpora.make_documents(50)})
+    (tmp_path / "set").mkdir()
+    made.to_json(tmp_path / "set" / "train.jsonl")
+    name, skips = f"datasets:{tmp_path / 'set'}::train", []
     run(tmp_path / "whole", name, shard_size=1500)
     honest = importing._open_dataset
     monkeypatch.setattr(importing, "_open_dataset", lambda *a: skips.append(a[2]) or honest(*a))
