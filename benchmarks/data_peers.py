@@ -37,7 +37,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,7 @@ def _run(chosen: list[Cell], options: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, Any]]] = {str(cell): [] for cell in chosen}
     draw = random.Random(options.seed)
     with _object_server(data) as endpoint:
+        _index(chosen, tokenizer, endpoint)
         for number in range(options.rounds):
             for place, cell in enumerate(_shuffled_in_groups(chosen, draw), 1):
                 say(f"round {number + 1}/{options.rounds}, {place}/{len(chosen)}: {cell}")
@@ -152,6 +153,15 @@ def _python(arm: str, folder: Path) -> str:
     return str(environments.python(arm, folder))
 
 
+def _index(chosen: list[Cell], tokenizer: Path, endpoint: str) -> None:
+    """Make the manifests that our arms read."""
+    for modality, store, arm in sorted({(c.modality, c.store, c.arm) for c in chosen if c.arm.startswith("ours")}):
+        say(f"indexing {modality} for {arm}, {store}")
+        with tempfile.TemporaryDirectory(prefix="peers-") as cache:
+            job = _job(Cell("", modality, store, 0, arm), tokenizer, endpoint, cache)
+            _python_module(sys.executable, "peers.arms.ours", json.dumps(asdict(job)))
+
+
 def _shuffled_in_groups(chosen: list[Cell], draw: random.Random) -> Iterator[Cell]:
     groups: dict[str, list[Cell]] = {}
     for cell in chosen:
@@ -164,8 +174,6 @@ def prepare_payloads(data: Path, options: argparse.Namespace, modalities: set[st
     """Make what is missing below `data`; the path of the tokenizer."""
     data.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(data)
-    if "tokens" in modalities:
-        modalities = modalities | {"text"}  # millrace tokenises it
     for modality in (m for m in payloads.SIZES if m in modalities):
         folder = data / modality
         folder.mkdir(exist_ok=True)
@@ -175,10 +183,6 @@ def prepare_payloads(data: Path, options: argparse.Namespace, modalities: set[st
                 say(f"writing {modality} as {kind}")
                 python = environments.python(environment, options.envs) if environment else sys.executable
                 _python_module(python, "peers.write", kind, str(folder))
-        if modality in ("text", "tokens") and not (folder / "manifest" / "manifest.json").exists():
-            from peers.arms.ours import make_manifest
-
-            make_manifest(folder, modality, str(data / "tokenizer"))
     return data / "tokenizer" / "tokenizer.json"
 
 
@@ -211,15 +215,10 @@ def _object_server(data: Path) -> Iterator[str]:
 
 
 def _measure(cell: Cell, python: str, tokenizer: Path, endpoint: str, seed: int) -> dict[str, Any]:
-    data = tokenizer.parent.parent
-    samples = len(payloads.Raw(data / cell.modality))
     with tempfile.TemporaryDirectory(prefix="peers-") as cache:
-        job = Job(
-            arm=cell.arm, modality=cell.modality, data=str(data), cache=cache, tokenizer=str(tokenizer),
-            endpoint=endpoint if cell.store == "server" else None, samples=samples, batch=BATCH[cell.modality],
-            workers=cell.workers, seed=1234,
-        )  # fmt: skip
-        _warm(data / cell.modality)
+        job = _job(cell, tokenizer, endpoint, cache)
+        samples = job.samples
+        _warm(Path(job.data) / cell.modality)
         arm = measure.Arm(job, python)
         if cell.measure == "order":
             return measure.order(arm)
@@ -227,6 +226,15 @@ def _measure(cell: Cell, python: str, tokenizer: Path, endpoint: str, seed: int)
             return measure.kill(arm, seed)
         limit = min(samples, LIMITS.get(cell.modality, samples))
         return dict(measure.MEASURES[cell.measure](arm, limit))
+
+
+def _job(cell: Cell, tokenizer: Path, endpoint: str, cache: str) -> Job:
+    data = tokenizer.parent.parent
+    return Job(
+        arm=cell.arm, modality=cell.modality, data=str(data), cache=cache, tokenizer=str(tokenizer),
+        endpoint=endpoint if cell.store == "server" else None, samples=len(payloads.Raw(data / cell.modality)),
+        batch=BATCH[cell.modality], workers=cell.workers, seed=1234,
+    )  # fmt: skip
 
 
 def _warm(folder: Path) -> None:

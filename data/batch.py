@@ -79,4 +79,4 @@ def spans_sha(spans: Sequence[Span]) -> str:
 
 def to_spans(planned: np.ndarray) -> list[Span]:
     """(sample, start, end) of arrays whose first three columns they are."""
-    return [(sample, start, end) for sample, start, end in planned[:, :3].tolist()]
+    return list(map(tuple, planned[:, :3].tolist()))

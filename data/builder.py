@@ -85,7 +85,9 @@ class Opened:
     def builder(self, share: Share | None = None) -> Builder:
         """What builds this rank's part, or a worker's share of it."""
         config = self.spec.config
-        documents = Documents(self.corpus, self.tokenizer, config.max_bad_samples, config.threads)
+        documents = Documents(
+            self.corpus, self.tokenizer, config.max_bad_samples, config.threads, config.rows == "packed"
+        )
         return Builder(self.stream(documents, share), documents, self.tokenizer)
 
     def stream(self, documents: Expecting, share: Share | None = None) -> RowStream:

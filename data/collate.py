@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from millrace.data.batch import IGNORED, Media, MicroBatch, SampleBatch, StepBatch, to_spans
-from millrace.data.documents import Document, Documents
+from millrace.data.documents import Documents
 from millrace.data.frames import Frame
+from millrace.data.parts import Document
 from millrace.data.state import LoaderState
 
 if TYPE_CHECKING:
@@ -27,32 +28,37 @@ def pack_rows(rows: Sequence[np.ndarray], documents: Documents, eos_id: int, seq
         all rows, int64 of shape (S, 3); `offsets`: where each row's spans begin in them, int64 of shape (rows + 1,);
         `media_at`: (row, start, positions) of every medium, int64 of shape (M, 3), and each as `image/N` or `audio/N`.
     """
-    shape = (len(rows), sequence_length)
-    inputs = np.full(shape, eos_id, np.int32)
-    labels = np.full(shape, IGNORED, np.int32)
-    positions = np.zeros(shape, np.int32)
     planned = np.concatenate(list(rows))
     found = documents.take(planned[:, 0], planned[:, 3])
-    counting = np.arange(sequence_length, dtype=np.int32)
     media: list[tuple[int, int, int]] = []
     arrays: Arrays = {}
+    pad = np.full(sequence_length, eos_id, np.int32)
+    untold = np.full(sequence_length, IGNORED, np.int32)
+    counting = np.arange(sequence_length, dtype=np.int32)
+    inputs, labels, positions = [], [], []  # pieces of the rows, end to end
     for number, row in enumerate(rows):
         at = 0
         for sample, start, end, _, _ in row.tolist():
-            stop, document = at + end - start, found[sample]
+            length, document = end - start, found[sample]
+            target = untold[:length]
             if document is not None:
-                assert not document.media or start == 0, "a sample with media is never cut"
-                inputs[number, at:stop] = document.tokens[start:end]
-                labels[number, at:stop] = document.tokens[start + 1 : end + 1]
-                for medium in document.media:
-                    first = at + medium.start
-                    labels[number, first - 1 : first - 1 + medium.positions] = IGNORED  # nothing there to predict
-                    arrays[f"{medium.role}/{len(media)}"] = medium.value
-                    media.append((number, first, medium.positions))
-            positions[number, at:stop] = counting[: end - start]
-            at = stop
-        positions[number, at:] = counting[: sequence_length - at]
-    arrays |= {"inputs": inputs, "labels": labels, "positions": positions, "row_spans": planned[:, :3]}
+                target = document.tokens[start + 1 : end + 1]
+                if document.media:
+                    assert start == 0, "a sample with media is never cut"
+                    target = target.copy()
+                    for medium in document.media:
+                        target[medium.start - 1 :][: medium.positions] = IGNORED  # nothing there to predict
+                        arrays[f"{medium.role}/{len(media)}"] = medium.value
+                        media.append((number, at + medium.start, medium.positions))
+            inputs.append(pad[:length] if document is None else document.tokens[start:end])
+            labels.append(target)
+            positions.append(counting[:length])
+            at += length
+        for pieces, fill in ((inputs, pad), (labels, untold), (positions, counting)):
+            pieces.append(fill[: sequence_length - at])
+    for name, pieces in (("inputs", inputs), ("labels", labels), ("positions", positions)):
+        arrays[name] = np.concatenate(pieces).reshape(len(rows), sequence_length)
+    arrays["row_spans"] = planned[:, :3]
     arrays["offsets"] = np.cumsum([0, *(len(row) for row in rows)])
     arrays["media_at"] = np.array(media, np.int64).reshape(-1, 3)
     return arrays

@@ -1,67 +1,63 @@
-"""Documents for the rows that a rank will build: read ahead in threads, decoded on first use, dropped after the last.
+"""Documents for the rows that a rank will build: read and tokenised ahead in threads, dropped after their last use.
 
 Nothing here depends on how many ranks there are: a rank asks for the documents of its own rows only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
 from millrace.core.errors import UserError
-from millrace.core.registry import lookup
-from millrace.data import DECODERS
 from millrace.data.corpus import Corpus
 from millrace.data.costs import Costs
+from millrace.data.parts import Document, Encoded, Medium, Part, build_part
 from millrace.data.reader import ShardReader
-from millrace.data.sources.base import BadSample, Content, Record
-from millrace.data.sources.values import without_borders
 from millrace.data.tokenizer import Tokenizer
 
-_READ_TOGETHER = 64  # samples that a thread reads at a time
+_READ_TOGETHER = 256  # samples that a thread reads at a time
 
 
-@dataclass(frozen=True, slots=True)
-class Medium:
-    """A decoded image, uint8 (height, width, 3), or sound, float32 (frames,), and the positions that stand for it."""
-
-    role: str
-    value: np.ndarray
-    start: int
-    positions: int
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """[BOS] media text [EOS]: int32 of shape (cost + 1,), with [EOS] at the positions of media."""
-
-    tokens: np.ndarray
-    media: tuple[Medium, ...] = ()
-
-    @property
-    def text(self) -> int:
-        """Where the text begins in `tokens`."""
-        return 1 + sum(medium.positions for medium in self.media)
-
-
-@dataclass
 class _Held:
-    content: Future[dict[int, Content]] | Document | BadSample
-    uses: int
+    """Sample number `place` of a part, and how often it will still be taken."""
+
+    __slots__ = ("place", "reading", "uses")
+
+    def __init__(self, reading: _Reading, place: int) -> None:
+        self.reading, self.place, self.uses = reading, place, 0
+
+
+class _Reading:
+    """A part that a thread reads."""
+
+    def __init__(self, future: Future[Part]) -> None:
+        self._future: Future[Part] | None = future
+        self._part: Part | None = None
+
+    def part(self) -> Part:
+        """Wait for it; raises what the thread raised."""
+        if self._part is None:
+            assert self._future is not None
+            self._part, self._future = self._future.result(), None
+        return self._part
 
 
 class Documents:
     """Documents of a corpus."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, max_bad: int | None = None, threads: int = 1) -> None:
-        """`max_bad`: samples that may be bad before it is an error (None: 0.1%, at least 10)."""
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, max_bad: int | None = None, threads: int = 1, packed: bool = True
+    ) -> None:
+        """`max_bad`: samples that may be bad before it is an error (None: 0.1%, at least 10).
+
+        Media take positions only where documents are `packed`.
+        """
         self.reader = ShardReader(corpus)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="millrace-read")
         self._corpus, self._tokenizer = corpus, tokenizer
-        self._costs = Costs.stored(corpus.costs)
+        self._costs = Costs.stored(corpus.costs) if packed else None
         self._budget = max(10, corpus.samples // 1000) if max_bad is None else max_bad
         self._held: dict[int, _Held] = {}
         self._bad: dict[int, str] = {}
@@ -73,10 +69,14 @@ class Documents:
         unique, uses = np.unique(samples, return_counts=True)
         new = unique[[sample not in self._held for sample in unique.tolist()]]
         for part in np.split(new, range(_READ_TOGETHER, len(new), _READ_TOGETHER)):
-            reading = self._pool.submit(self.reader.read, part)
-            self._held |= {sample: _Held(reading, 0) for sample in part.tolist()}
+            reading = _Reading(self._pool.submit(self._read, part))
+            self._held |= {sample: _Held(reading, place) for place, sample in enumerate(part.tolist())}
         for sample, count in zip(unique.tolist(), uses.tolist(), strict=True):
             self._held[sample].uses += count
+
+    def _read(self, samples: np.ndarray) -> Part:
+        contents = self.reader.read(samples)
+        return build_part([contents[sample] for sample in samples.tolist()], self._tokenizer, self._costs)
 
     def take(self, samples: np.ndarray, costs: np.ndarray | None) -> dict[int, Document | None]:
         """Documents of `samples`, announced before; None for a bad one.
@@ -86,21 +86,36 @@ class Documents:
         Raises:
             UserError: more bad samples than the budget allows.
         """
-        self._decode(np.unique(samples).tolist())
+        numbers = samples.tolist()
+        media, broken = self._decode(dict.fromkeys(numbers)) if self._corpus.media else ({}, {})
         taken: dict[int, Document | None] = {}
-        for number, sample in enumerate(samples.tolist()):
+        for sample, cost in zip(numbers, numbers if costs is None else costs.tolist(), strict=True):
             held = self._held[sample]
-            why = self._bad.get(sample) or self._refused.get(sample)
-            document = BadSample(why) if why else held.content
-            if isinstance(document, Document) and costs is not None and len(document.tokens) - 1 != costs[number]:
-                document = BadSample(f"costs {len(document.tokens) - 1} positions, the manifest says {costs[number]}")
-            if isinstance(document, BadSample):
-                self._quarantine(sample, document.why)
-            taken[sample] = document if isinstance(document, Document) else None
+            if sample not in taken:
+                part = held.reading.part()
+                tokens = part.document(held.place)
+                why = self._bad.get(sample) or self._refused.get(sample) or part.bad.get(held.place)
+                why = why or broken.get(sample)
+                if not why and costs is not None and len(tokens) - 1 != cost:
+                    why = f"costs {len(tokens) - 1} positions, the manifest says {cost}"
+                if why:
+                    self._quarantine(sample, why)
+                taken[sample] = None if why else Document(tokens, media.get(sample, ()))
             held.uses -= 1
             if held.uses == 0:
                 del self._held[sample]
         return taken
+
+    def _decode(self, samples: Iterable[int]) -> tuple[dict[int, tuple[Medium, ...]], dict[int, str]]:
+        """Media of `samples`, decoded in threads, and why those of others cannot be."""
+        encoded: dict[int, list[Encoded]] = {}
+        for sample in samples:
+            held = self._held[sample]
+            if found := held.reading.part().media.get(held.place):
+                encoded[sample] = found
+        decoded = dict(zip(encoded, self._pool.map(_decode, encoded.values()), strict=True))
+        media = {sample: one for sample, one in decoded.items() if not isinstance(one, str)}
+        return media, {sample: one for sample, one in decoded.items() if isinstance(one, str)}
 
     def close(self) -> None:
         """End the threads; what is still being read is waited for."""
@@ -124,42 +139,6 @@ class Documents:
         """Count `samples` as bad when they are taken, whatever they hold."""
         self._refused |= dict.fromkeys(samples.tolist(), why)
 
-    def _decode(self, samples: list[int]) -> None:
-        """Decode what was only read so far: media in threads, all texts together."""
-        records: dict[int, Record] = {}
-        for sample in samples:
-            held = self._held[sample]
-            if isinstance(held.content, Future):
-                content = held.content.result()[sample]
-                if isinstance(content, BadSample):
-                    held.content = content
-                else:
-                    records[sample] = content
-        if not records:
-            return
-        texts = [str(record.get("text", "")) for record in records.values() if "tokens" not in record]
-        encoded = iter(self._tokenizer.encode(texts))
-        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
-        ids = [
-            without_borders(np.asarray(r["tokens"]), bos, eos) if "tokens" in r else next(encoded)
-            for r in records.values()
-        ]
-        media = self._pool.map(_media, records.values()) if self._corpus.media else ({} for _ in records)
-        for sample, text, decoded in zip(records, ids, media, strict=True):
-            self._held[sample].content = decoded if isinstance(decoded, BadSample) else self._document(text, decoded)
-
-    def _document(self, ids: np.ndarray, decoded: Mapping[str, tuple[np.ndarray, bytes]]) -> Document | BadSample:
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self._tokenizer.vocab_size):
-            return BadSample(f"token {ids.max()} is outside the vocabulary of {self._tokenizer.vocab_size}")
-        media, at = [], 1
-        for role, (value, raw) in decoded.items():
-            positions = getattr(self._costs, role).positions(raw)
-            media.append(Medium(role, value, at, positions))
-            at += positions
-        tokens = np.full(at + len(ids) + 1, self._tokenizer.eos_id, np.int32)
-        tokens[0], tokens[at:-1] = self._tokenizer.bos_id, ids
-        return Document(tokens, tuple(media))
-
     def _quarantine(self, sample: int, why: str) -> None:
         if sample in self._bad:
             return
@@ -177,14 +156,8 @@ class Documents:
             )
 
 
-def _media(record: Record) -> dict[str, tuple[np.ndarray, bytes]] | BadSample:
-    """Decoded media of a record and their encoded form, by role."""
-    found = {}
-    for role, decoder in DECODERS.items():
-        raw = record.get(role)
-        if isinstance(raw, bytes):
-            try:
-                found[role] = lookup({role: decoder}, role, "decoder")(raw), raw
-            except ValueError as error:
-                return BadSample(f"the {role} cannot be decoded: {error}")
-    return found
+def _decode(media: Iterable[Encoded]) -> tuple[Medium, ...] | str:
+    try:
+        return tuple(medium.decode() for medium in media)
+    except ValueError as error:
+        return str(error)

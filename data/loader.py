@@ -6,6 +6,7 @@ workers only who builds them. State counts what the trainer consumed, never what
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 
@@ -59,6 +60,8 @@ class Loader:
         self._prefetcher = (
             Prefetcher(self._maker.next, config.prefetch, self._maker.stalls) if config.prefetch else None
         )
+        # A thread that is in the middle of a read when the interpreter ends would abort the process.
+        self._end = weakref.finalize(self, _end, self._maker, self._prefetcher)
 
     def exclude(self, bad: Mapping[int, str]) -> None:
         """Keep the samples of `bad` (sample → why) out of all steps prepared from now on; their places stay empty.
@@ -87,14 +90,9 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """End threads and workers, and wait for them."""
+        """End threads and workers, and wait for them; a loader that is not closed does so when it is dropped."""
         self._closed = True
-        if isinstance(self._maker, Workers):
-            self._maker.close()
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-        if isinstance(self._maker, _Inline):
-            self._maker.close()
+        self._end()
 
     def __enter__(self) -> Loader:
         return self
@@ -103,6 +101,15 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _end(maker: _Inline | Workers, prefetcher: Prefetcher | None) -> None:
+    if isinstance(maker, Workers):
+        maker.close()
+    if prefetcher is not None:
+        prefetcher.close()
+    if isinstance(maker, _Inline):
+        maker.close()
 
 
 class _Inline:

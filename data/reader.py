@@ -47,7 +47,8 @@ class ShardReader:
         for number in np.unique(shard).tolist():
             here = np.flatnonzero(shard == number)
             found = self._read(number, entries, here)
-            wrong = [i for i, content in zip(here, found, strict=True) if _differs(content, int(entries.check[i]))]
+            checks = entries.check[here].tolist()
+            wrong = [i for i, content, check in zip(here, found, checks, strict=True) if _differs(content, check)]
             contents.update(zip(samples[here].tolist(), found, strict=True))
             if wrong:
                 self._forget(number)

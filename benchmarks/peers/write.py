@@ -11,12 +11,13 @@ import shutil
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from peers.payloads import SHARDS, Raw, labels
 
-SUFFIXES = {"text": "txt", "tokens": "bin", "images": "jpg", "audio": "flac"}
+SUFFIXES = {"text": "txt", "tokens": "npy", "images": "jpg", "audio": "flac"}
 # Which environment writes which format; None is the benchmark's own.
 WRITERS = {"parquet": None, "tar": None, "mds": "mosaicml", "litdata": "litdata"}
 
@@ -44,28 +45,43 @@ def write_parquet(modality: str, raw: Raw, folder: Path) -> None:
 
 
 def write_tar(modality: str, raw: Raw, folder: Path) -> None:
-    """WebDataset: members KEY.cls and KEY.SUFFIX with the id as key."""
+    """WebDataset: members KEY.cls and KEY.SUFFIX with the id as key; tokens as NumPy files."""
     label, size = labels(len(raw)), shard_size(len(raw))
     for number, start in enumerate(range(0, len(raw), size)):
         with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as file:
             for sample in range(start, min(start + size, len(raw))):
-                parts = {"cls": str(label[sample]).encode(), SUFFIXES[modality]: raw[sample]}
+                parts = {
+                    "cls": str(label[sample]).encode(),
+                    SUFFIXES[modality]: _npy(raw[sample]) if modality == "tokens" else raw[sample],
+                }
                 for suffix, data in parts.items():
                     member = tarfile.TarInfo(f"{sample:08d}.{suffix}")
                     member.size = len(data)
                     file.addfile(member, io.BytesIO(data))
 
 
+def _npy(tokens: bytes) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.frombuffer(tokens, np.uint16))
+    return file.getvalue()
+
+
 def write_mds(modality: str, raw: Raw, folder: Path) -> None:
     """mosaicml-streaming's writer; it ends shards by size."""
     from streaming import MDSWriter
 
-    columns = {"id": "int", "label": "int", "payload": "str" if modality == "text" else "bytes"}
+    columns = {
+        "id": "int",
+        "label": "int",
+        "payload": {"text": "str", "tokens": "ndarray:uint16"}.get(modality, "bytes"),
+    }
     limit = (int(raw.offsets[-1]) + 32 * len(raw)) // SHARDS + 4096
     label = labels(len(raw))
     with MDSWriter(out=str(folder), columns=columns, size_limit=limit, exist_ok=True) as writer:
         for sample in range(len(raw)):
-            payload = raw[sample].decode() if modality == "text" else raw[sample]
+            payload: Any = raw[sample].decode() if modality == "text" else raw[sample]
+            if modality == "tokens":
+                payload = np.frombuffer(payload, np.uint16)
             writer.write({"id": sample, "label": int(label[sample]), "payload": payload})
 
 

@@ -33,7 +33,7 @@ class ArrowSource(Source):
         while message := next_message(blob, at):
             rows, _ = self._rows(blob, message, list(self.columns.values()))
             for row in range(rows.length):
-                content = rows.record(row, _where((at, row)))
+                content = rows.record(row, _in_batch(at, row))
                 yield Sample((at, row), content, rows.text_bytes(row, content))
             at = message.stop
         if blob.read(0, 6) == _MAGIC and blob.read(blob.size - 6, 6) != _MAGIC:
@@ -47,7 +47,7 @@ class ArrowSource(Source):
             members = list(group)
             try:
                 rows, _ = self._batches.get((blob.url, at), partial(self._at, blob, at, wanted))
-                contents += [rows.record(place[1], _where(place)) for place in members]
+                contents += rows.records([place[1] for place in members], partial(_in_batch, at))
             except UserError as error:
                 contents += [BadSample(str(error)) for _ in members]
         return contents
@@ -68,5 +68,5 @@ class ArrowSource(Source):
         return self._heads.get(blob.url, lambda: read_head(blob))
 
 
-def _where(place: Place) -> str:
-    return f"row {place[1]} of the batch at byte {place[0]}"
+def _in_batch(at: int, row: int) -> str:
+    return f"row {row} of the batch at byte {at}"

@@ -35,12 +35,15 @@ class Rows:
         self._size = None
         if "tokens" in columns and columns.get("bytes") in table.column_names:
             self._size = table.column(columns["bytes"]).combine_chunks()
+        self._tokens: tuple[np.ndarray, np.ndarray] | None = None  # offsets and values, where nothing else is asked for
         self._get: dict[str, Get] = {}
         for role, name in columns.items():
             if role != "bytes":
                 array = table.column(name).combine_chunks()
                 try:
                     self._get[role] = _reader(role, array)
+                    if {*columns, "bytes"} == {"tokens", "bytes"} and isinstance(array, pa.Array):
+                        self._tokens = _plain(array)
                 except TypeError as error:
                     raise UserError(f"{url}: column '{name}' is {array.type}, {error}") from None
 
@@ -55,6 +58,14 @@ class Rows:
                 return BadSample(f"{where}{value.why}")
             found[role] = value
         return found
+
+    def records(self, rows: Sequence[int], where: Callable[[int], str]) -> list[Content]:
+        """Values of `rows`; `where` names one of them in messages."""
+        if self._tokens is None or min(rows) < 0 or max(rows) >= self.length:
+            return [self.record(row, where(row)) for row in rows]
+        at, values = self._tokens
+        starts, stops = at[rows].tolist(), at[np.add(rows, 1)].tolist()
+        return [{"tokens": values[start:stop]} for start, stop in zip(starts, stops, strict=True)]
 
     def text_bytes(self, index: int, content: Content) -> int:
         """Bytes of the text of row `index`, or of the text that its tokens were made from."""
@@ -134,6 +145,13 @@ def _binary(array: pa.Array) -> Get:
 
 def _unfit(null: bool, size: int) -> BadSample:
     return BadSample(" is null" if null else f" has {size} bytes, more than {MAX_SAMPLE_BYTES}")
+
+
+def _plain(array: pa.Array) -> tuple[np.ndarray, np.ndarray] | None:
+    """Offsets and values of lists of integers; None where a row or a value is null."""
+    if pa.types.is_dictionary(array.type) or array.null_count or array.values.null_count:
+        return None
+    return array.offsets.to_numpy(), array.values.to_numpy(zero_copy_only=False)
 
 
 def _tokens(array: pa.Array) -> Get:

@@ -38,7 +38,7 @@ class ParquetSource(Source):
                 while (batch := _sound(blob, group, partial(next, batches, None))) is not None:
                     rows = Rows(pa.Table.from_batches([batch]), self.columns, blob.url)
                     for index in range(rows.length):
-                        content = rows.record(index, _where((group, row)))
+                        content = rows.record(index, _in_group(group, row))
                         yield Sample((group, row), content, rows.text_bytes(index, content))
                         row += 1
 
@@ -49,7 +49,7 @@ class ParquetSource(Source):
             members = list(places_in_it)
             try:
                 rows = self._groups.get((blob.url, group), partial(self._group, blob, group))
-                contents += [rows.record(place[1], _where(place)) for place in members]
+                contents += rows.records([place[1] for place in members], partial(_in_group, group))
             except UserError as error:
                 contents += [BadSample(str(error)) for _ in members]
         return contents
@@ -96,5 +96,5 @@ def _sound(blob: Blob, group: int, read: Callable[[], Any]) -> Any:
         raise UserError(f"{blob.url}: row group {group} is damaged: {error}") from None
 
 
-def _where(place: Place) -> str:
-    return f"row {place[1]} of row group {place[0]}"
+def _in_group(group: int, row: int) -> str:
+    return f"row {row} of row group {group}"

@@ -1,11 +1,15 @@
-"""millrace on Parquet, tar and MDS. Text and tokens are packed into rows of 1,024, all of every document.
+"""millrace on Parquet, tar and MDS.
 
-A sample counts as delivered in the batch that holds its last span. The windows divide the epoch, so that none holds
-samples of two epochs.
+Text and tokens are packed into rows of 1,024, all of every document; images and sounds come as whole samples.
+A packed sample counts as delivered in the batch that holds its last span. The windows divide the epoch, so that none
+holds samples of two epochs.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,44 +22,75 @@ from millrace.data.manifest import Manifest
 from millrace.data.prepare import PrepareConfig, prepare
 from millrace.data.state import LoaderState
 from peers.decode import ROW
-from peers.job import Job, Missing
+from peers.job import CREDENTIALS, Job
 from peers.payloads import labels
+from peers.write import SUFFIXES
+
+_WINDOW = 1000  # samples
+_ROLES = {"text": "text", "tokens": "tokens", "images": "image", "audio": "audio"}
 
 
-def make_manifest(folder: Path, modality: str, tokenizer: str) -> None:
-    """Index the Parquet files of a payload folder in place; tokens are tokenised anew from the text beside them."""
-    source = folder.parent / "text" / "parquet"
-    options: dict[str, Any] = {"tokenize": True} if modality == "tokens" else {}
-    inputs = [str(source / "*.parquet")]
-    prepare(PrepareConfig(inputs=inputs, out=str(folder / "manifest"), tokenizer=tokenizer, **options))
+def _column(kind: str, modality: str) -> str:
+    return {"parquet": modality, "tar": SUFFIXES[modality], "mds": "payload"}[kind]
+
+
+def _manifest(job: Job) -> Path:
+    return job.local(f"manifest-{job.arm.removeprefix('ours-')}-{'server' if job.endpoint else 'local'}")
+
+
+def _use_server(job: Job) -> None:
+    if job.endpoint:
+        os.environ |= CREDENTIALS | {"AWS_ENDPOINT_URL": job.endpoint, "AWS_ALLOW_HTTP": "true"}
+    os.environ["MILLRACE_CACHE"] = str(Path(job.cache) / "millrace")
+
+
+def make_manifest(job: Job) -> None:
+    """Index the payload of a job where it lies, unless it was."""
+    if (_manifest(job) / "manifest.json").exists():
+        return
+    _use_server(job)
+    kind = job.arm.removeprefix("ours-")
+    columns: dict[str, Any] = {_ROLES[job.modality]: _column(kind, job.modality)}
+    inputs, tokenizer = job.files(kind, f".{kind}"), str(Path(job.tokenizer).parent)
+    prepare(PrepareConfig(inputs=inputs, out=str(_manifest(job)), tokenizer=tokenizer, **columns))
 
 
 class OurStream:
-    """The present loader, which is endless: it stops after an epoch's samples."""
+    """The loader is endless: it stops after an epoch's samples."""
 
     def __init__(self, job: Job, state: Any) -> None:
-        folder = job.local("manifest")
-        manifest = Manifest.load(folder)
-        cost = max(1, manifest.tokens // manifest.samples)
-        self._rows = max(1, round(job.batch * cost / ROW))
-        self._costs = manifest.entries(np.arange(manifest.samples)).tokens
+        manifest = Manifest.load(_manifest(job))
+        self._packed = job.modality in ("text", "tokens")
+        batch = job.batch
+        if self._packed:  # as many rows as the documents of a batch fill
+            batch = max(1, round(job.batch * manifest.tokens / manifest.samples / ROW))
+            self._costs = manifest.entries(np.arange(manifest.samples)).tokens
         self._labels = labels(manifest.samples)
         self._left = job.samples - (state["samples"] if state else 0)
+        config = DataConfig(
+            manifest=str(_manifest(job)), sequence_length=ROW, window=_WINDOW, workers=job.workers, threads=1,
+            rows="packed" if self._packed else "samples",
+        )  # fmt: skip
         self._loader = build_loader(
-            DataConfig(manifest=str(folder), sequence_length=ROW, window=1000),
-            seed=job.seed, batch_rows=self._rows, micro_batch=self._rows, rank=0, world=1,
+            config, seed=job.seed, batch_rows=batch, micro_batch=batch, rank=0, world=1,
             state=LoaderState.from_dict(state["loader"]) if state else None,
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[Any]:
         with self._loader:
             for step in self._loader:
-                spans = np.array(step.spans, np.int64).reshape(-1, 3)
-                ended = spans[spans[:, 2] == self._costs[spans[:, 0]], 0][: self._left]
-                self._left -= len(ended)
-                yield {"ids": ended, "labels": self._labels[ended], "data": step.micro_batches[0].input_ids_BT}
+                (micro,) = step.micro_batches
+                ids = (self._ended(step) if self._packed else np.array(micro.samples))[: self._left]
+                self._left -= len(ids)
+                data = micro.input_ids_BT if self._packed else next(iter(micro.values.values()))
+                yield {"ids": ids, "labels": self._labels[ids], "data": data}
                 if self._left == 0:
                     return
+
+    def _ended(self, step: Any) -> np.ndarray:
+        """Samples whose last span is in the step."""
+        spans = np.array(step.spans, np.int64).reshape(-1, 3)
+        return spans[spans[:, 2] == self._costs[spans[:, 0]], 0]
 
     def state(self) -> Any:
         """The loader's, and how many samples it delivered: an epoch's end is the trainer's to know."""
@@ -63,12 +98,10 @@ class OurStream:
 
 
 def open_stream(job: Job, state: Any) -> OurStream:
-    """An epoch, or the rest of it.
-
-    Raises:
-        Missing: what the loader cannot do yet.
-    """
-    kind = job.arm.removeprefix("ours-")
-    if kind != "parquet" or job.modality not in ("text", "tokens") or job.endpoint or job.workers:
-        raise Missing(f"millrace reads no {job.modality} from {kind} with {job.workers} workers yet")
+    """An epoch, or the rest of it."""
+    _use_server(job)
     return OurStream(job, state)
+
+
+if __name__ == "__main__":
+    make_manifest(Job(**json.loads(sys.argv[1])))

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import webdataset as wds
 
 from peers.decode import Collate
 from peers.job import Job
 from peers.write import SUFFIXES
 
+_NPY_HEADER = 128  # bytes of it in a short array of one dimension; NumPy's own reader costs many times as much
 _BUFFER = 1000  # "usually, pick something bigger, like 1000", its README says of a buffer of 10
 
 
@@ -24,7 +26,11 @@ class _Fields:
         self._collate, self._suffix = Collate(job.modality, job.tokenizer), SUFFIXES[job.modality]
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return self._collate([(int(s["__key__"]), int(s["cls"]), s[self._suffix]) for s in samples])
+        return self._collate([(int(s["__key__"]), int(s["cls"]), self._payload(s)) for s in samples])
+
+    def _payload(self, sample: dict[str, Any]) -> Any:
+        raw = sample[self._suffix]
+        return np.frombuffer(raw, np.uint16, offset=_NPY_HEADER) if self._suffix == "npy" else raw
 
 
 class WebStream:

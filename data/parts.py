@@ -1,0 +1,144 @@
+"""Samples that were read together, as documents: [BOS] media text [EOS] of each, end to end in one array."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from millrace.core.registry import lookup
+from millrace.data import DECODERS
+from millrace.data.costs import Costs
+from millrace.data.sources.base import BadSample, Content, Record
+from millrace.data.sources.values import without_borders
+from millrace.data.tokenizer import Tokenizer
+
+
+class Medium(NamedTuple):
+    """A decoded image, uint8 (height, width, 3), or sound, float32 (frames,), and the positions that stand for it."""
+
+    role: str
+    value: np.ndarray
+    start: int
+    positions: int
+
+
+class Document(NamedTuple):
+    """[BOS] media text [EOS]: int32 of shape (cost + 1,), with [EOS] at the positions of media."""
+
+    tokens: np.ndarray
+    media: tuple[Medium, ...] = ()
+
+    @property
+    def text(self) -> int:
+        """Where the text begins in `tokens`."""
+        return 1 + sum(medium.positions for medium in self.media)
+
+
+class Encoded(NamedTuple):
+    """A medium before it is decoded."""
+
+    role: str
+    raw: bytes
+    start: int
+    positions: int
+
+    def decode(self) -> Medium:
+        """Decode it.
+
+        Raises:
+            ValueError: why it cannot be decoded.
+        """
+        try:
+            value = lookup({self.role: DECODERS[self.role]}, self.role, "decoder")(self.raw)
+        except ValueError as error:
+            raise ValueError(f"the {self.role} cannot be decoded: {error}") from None
+        return Medium(self.role, value, self.start, self.positions)
+
+
+@dataclass
+class Part:
+    """Document i is `tokens[offsets[i] : offsets[i + 1]]`, int32, with `media[i]`, or `bad[i]` says why it is none."""
+
+    tokens: np.ndarray
+    offsets: list[int]
+    media: dict[int, list[Encoded]] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)
+
+    def document(self, number: int) -> np.ndarray:
+        """Tokens of one document, as a view."""
+        return self.tokens[self.offsets[number] : self.offsets[number + 1]]
+
+
+def build_part(contents: Sequence[Content], tokenizer: Tokenizer, costs: Costs | None) -> Part:
+    """Tokenise what is text, and lay the documents end to end; a bad one has no tokens.
+
+    Without `costs` media take no positions.
+    """
+    part = Part(np.empty(0, np.int32), [], bad=_bad(contents))
+    good = {number: one for number, one in enumerate(contents) if not isinstance(one, BadSample)}
+    ids = _ids(list(good.values()), tokenizer)
+    begin, end = np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
+    lengths = [0] * (len(contents) + 1)
+    pieces: list[np.ndarray] = []
+    roles = [role for role in DECODERS if good and role in next(iter(good.values()))]
+    for (number, record), one in zip(good.items(), ids, strict=True):
+        head = begin
+        try:
+            if isinstance(one, BadSample):
+                raise ValueError(one.why)
+            if roles:
+                part.media[number] = list(_media(record, roles, costs))
+                head = begin.repeat(1 + sum(medium.positions for medium in part.media[number]))
+                head[1:] = tokenizer.eos_id
+        except ValueError as error:
+            part.bad[number] = str(error)
+            continue
+        pieces += (head, one, end)
+        lengths[number + 1] = len(head) + len(one) + 1
+    if pieces:
+        part.tokens = np.concatenate(pieces, dtype=np.int32, casting="unsafe")
+    part.offsets = list(itertools.accumulate(lengths))
+    return part
+
+
+def _bad(contents: Sequence[Content]) -> dict[int, str]:
+    return {number: one.why for number, one in enumerate(contents) if isinstance(one, BadSample)}
+
+
+def _ids(records: Sequence[Record], tokenizer: Tokenizer) -> Sequence[np.ndarray | BadSample]:
+    """Token ids of the texts, or those that are there already; borders that they have are left out."""
+    if not records or "tokens" not in records[0]:
+        return tokenizer.encode([str(record.get("text", "")) for record in records])
+    given = [np.asarray(record["tokens"]) for record in records]
+    joined = np.concatenate(given)
+    ends = np.cumsum([len(ids) for ids in given])
+    starts = np.concatenate([[0], ends[:-1]])[ends > np.concatenate([[0], ends[:-1]])]
+    if (joined[starts] == tokenizer.bos_id).any() or (joined[ends[ends > 0] - 1] == tokenizer.eos_id).any():
+        given = [without_borders(ids, tokenizer.bos_id, tokenizer.eos_id) for ids in given]
+    if not len(joined) or (joined.min() >= 0 and joined.max() < tokenizer.vocab_size):
+        return given
+    return [_known(ids, tokenizer.vocab_size) for ids in given]
+
+
+def _known(ids: np.ndarray, vocabulary: int) -> np.ndarray | BadSample:
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
+        return BadSample(f"token {ids.max()} is outside the vocabulary of {vocabulary}")
+    return ids
+
+
+def _media(record: Mapping[str, object], roles: Sequence[str], costs: Costs | None) -> Iterator[Encoded]:
+    """Media of a record and where they stand; raises `ValueError` where a header cannot be read."""
+    at = 1
+    for role in roles:
+        raw = record[role]
+        assert isinstance(raw, bytes)
+        try:
+            positions = getattr(costs, role).positions(raw) if costs else 0
+        except ValueError as error:
+            raise ValueError(f"the {role} cannot be decoded: {error}") from None
+        yield Encoded(role, raw, at, positions)
+        at += positions
