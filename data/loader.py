@@ -20,6 +20,7 @@ from millrace.data.config import DataConfig
 from millrace.data.corpus import Corpus
 from millrace.data.documents import Documents
 from millrace.data.frames import Frame
+from millrace.data.heap import keep_freed_memory
 from millrace.data.manifest import manifest_folder
 from millrace.data.mixture import ALL, Mixture, components
 from millrace.data.prefetch import Prefetcher
@@ -116,6 +117,7 @@ class _Inline:
     """Builds the steps in this process."""
 
     def __init__(self, builder: Builder, state: LoaderState) -> None:
+        keep_freed_memory()
         self._builder, self._state = builder, state
 
     def next(self) -> Frame:

@@ -112,7 +112,7 @@ def _bad(contents: Sequence[Content]) -> dict[int, str]:
 def _ids(records: Sequence[Record], tokenizer: Tokenizer) -> Sequence[np.ndarray | BadSample]:
     """Token ids of the texts, or those that are there already; borders that they have are left out."""
     if not records or "tokens" not in records[0]:
-        return tokenizer.encode([str(record.get("text", "")) for record in records])
+        return tokenizer.encode_words([str(record.get("text", "")) for record in records])
     given = [np.asarray(record["tokens"]) for record in records]
     joined = np.concatenate(given)
     ends = np.cumsum([len(ids) for ids in given])

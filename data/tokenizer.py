@@ -15,6 +15,7 @@ import tokenizers
 
 from millrace.core.errors import UserError
 from millrace.core.rundir import write_atomic
+from millrace.data.words import Words, cuts_at_spaces
 
 if TYPE_CHECKING:
     from millrace.data.corpus import Corpus
@@ -77,6 +78,17 @@ class Tokenizer:
             encodings = self.backend.encode_batch_fast(list(texts[start:stop]), add_special_tokens=False)
             ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
         return ids
+
+    def encode_words(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """What `encode` gives, with less work where many texts are encoded one after the other, but on one core."""
+        if not self._words:
+            return self.encode(texts)
+        batches = _batches([len(text) for text in texts])
+        return [ids for start, stop in batches for ids in self._words.encode(texts[start:stop])]
+
+    @cached_property
+    def _words(self) -> Words | None:
+        return Words(self.backend) if cuts_at_spaces(self._spec) else None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens included."""

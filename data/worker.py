@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from millrace.core.errors import UserError
 from millrace.data.builder import Builder, Opened, Spec
 from millrace.data.frames import Frame, write_frame
+from millrace.data.heap import keep_freed_memory
 from millrace.data.state import LoaderState
 from millrace.data.stores.waiting import stalls
 from millrace.data.stream import Share
@@ -28,6 +29,7 @@ def main() -> int:
     """Work until standard input or output ends."""
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what a library prints must not get between the frames
+    keep_freed_memory()
     start = json.loads(sys.stdin.readline())
     try:
         _work(start, out)

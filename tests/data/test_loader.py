@@ -350,7 +350,7 @@ def test_a_document_with_another_number_of_tokens_is_quarantined(
 ) -> None:
     corpus = corpora.prepare_documents(tmp_path, corpora.make_documents(40))
     honest = Tokenizer.encode
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, texts: [ids[:5] for ids in honest(self, texts)])
+    monkeypatch.setattr(Tokenizer, "encode_words", lambda self, texts: [ids[:5] for ids in honest(self, texts)])
     with pytest.raises(UserError, match="costs 6 positions, the manifest says"):
         steps(load(corpus), 30)
 

@@ -49,6 +49,15 @@ def test_samples_are_those_of_another_reader() -> None:
     assert np.allclose(decode(raw), (ints / 2**15).mean(axis=1), atol=1e-7)
 
 
+@pytest.mark.parametrize("subtype", ["PCM_S8", "PCM_16", "PCM_24"])
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_flac_is_what_libsndfile_decodes(subtype: str, channels: int) -> None:
+    values = np.random.default_rng(channels).normal(0, 0.1, (9000, channels)).cumsum(0)
+    raw = encode((values / np.abs(values).max() / 1.01).astype(np.float32), "FLAC", subtype)
+    expected = soundfile.read(io.BytesIO(raw), dtype="float32", always_2d=True)[0]
+    assert np.array_equal(decode(raw), expected[:, 0] if channels == 1 else expected.mean(axis=1))
+
+
 def claim(raw: bytes, frames: int) -> bytes:
     """A FLAC whose header says that it has `frames` frames (the last 36 bits of bytes 18 to 25)."""
     bits = int.from_bytes(raw[18:26])

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import random
 import struct
 import subprocess
 import sys
@@ -38,6 +40,34 @@ def test_jpeg_is_what_pillow_decodes() -> None:
     raw = encode(np.kron(PIXELS, np.ones((20, 20, 1), np.uint8)), "JPEG")
     assert size(raw) == (140, 100)
     assert np.array_equal(decode(raw), np.asarray(Image.open(io.BytesIO(raw))))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (16, 16), (33, 47)])
+def test_every_kind_of_jpeg_is_what_pillow_decodes(mode: str, shape: tuple[int, int]) -> None:
+    ramp = np.random.default_rng(1).normal(0, 1, (*shape, 3)).cumsum(0).cumsum(1)
+    pixels = np.clip(128 + 20 * ramp, 0, 255).astype(np.uint8)
+    for quality, subsampling, progressive in itertools.product((30, 95), (0, 1, 2), (False, True)):
+        options = {"quality": quality, "subsampling": subsampling, "progressive": progressive}
+        raw = encode(Image.fromarray(pixels).convert(mode), "JPEG", **options)
+        assert np.array_equal(decode(raw), np.asarray(Image.open(io.BytesIO(raw)).convert("RGB"))), options
+
+
+def test_a_damaged_jpeg_is_judged_by_pillow() -> None:
+    raw = bytearray(encode(np.kron(PIXELS, np.ones((20, 20, 1), np.uint8)), "JPEG"))
+    draw = random.Random(0)
+    for _ in range(200):
+        damaged = bytearray(raw)
+        damaged[draw.randrange(2, len(raw))] = draw.randrange(256)
+        try:
+            expected = np.asarray(Image.open(io.BytesIO(damaged)).convert("RGB"))
+        except Exception:
+            expected = None
+        try:
+            found = decode(bytes(damaged))
+        except ValueError:
+            found = None
+        assert (found is None) == (expected is None)
 
 
 def test_other_modes_become_rgb() -> None:
