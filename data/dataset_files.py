@@ -1,67 +1,138 @@
-"""Arrow files of data sets that the `datasets` library has written, so that they are read where they lie."""
+"""Data sets of the `datasets` library: their names, and the files on this machine that hold them already."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from millrace.core.errors import UserError, did_you_mean
 
+DATASET = "datasets:"
 
-def arrow_files(name: str) -> list[Path] | None:
-    """Files (kind "arrow") that hold exactly the rows of `datasets:NAME[:CONFIG[:SPLIT]]`, in order.
 
-    NAME is a folder of `save_to_disk`, or a data set that `load_dataset` has prepared on this machine before. None
-    where there are no such files: it was not prepared, SPLIT is an expression like train[:10%], or rows were selected
-    or shuffled by an indices mapping. Then it has to be imported. SPLIT defaults to "train".
+@dataclass(frozen=True)
+class DatasetName:
+    """`datasets:PATH[:CONFIG[:SPLIT]]`; PATH is OWNER/NAME on the hub, a folder, a file or a glob."""
+
+    text: str
+    path: str
+    config: str
+    split: str
+
+    @classmethod
+    def parse(cls, text: str) -> DatasetName:
+        """Take a name apart. SPLIT may be an expression such as train[:10%]; it defaults to "train".
+
+        Raises:
+            UserError: it names nothing.
+        """
+        path, config, split = (text.removeprefix(DATASET).split(":", 2) + ["", ""])[:3]
+        if not path:
+            raise UserError(f"'{text}' names no data set; write {DATASET}NAME[:CONFIG[:SPLIT]]")
+        return cls(text, path, config, split or "train")
+
+    @property
+    def whole(self) -> bool:
+        """Whether a split is named, rather than an expression of splits."""
+        return not any(mark in self.split for mark in "[+")
+
+
+def saved_folder(name: DatasetName) -> Path | None:
+    """The folder that `save_to_disk` wrote, if the data set is one."""
+    folder = Path(name.path).expanduser()
+    marks = (folder / "dataset_dict.json", folder / "state.json")
+    return folder if any(mark.is_file() for mark in marks) else None
+
+
+def no_split(name: DatasetName, splits: list[str]) -> UserError:
+    """The error that a data set has other splits."""
+    hint = did_you_mean(name.split, splits) or f"; it has: {', '.join(splits)}"
+    return UserError(f"the data set '{name.text}' has no split '{name.split}'{hint}")
+
+
+def dataset_files(text: str, copy: Path) -> list[Path] | None:
+    """Files that hold exactly the rows of the data set `text`, in order.
+
+    They are the Parquet files of a finished import into `copy` (see importing.py), or the Arrow files of a folder of
+    `save_to_disk` or of a data set that `load_dataset` has prepared on this machine. None where it has to be imported:
+    an import has begun, or there are no such files, or SPLIT is an expression, or rows were selected by an indices
+    mapping (of early releases), or images or sounds lie outside of the Arrow files.
 
     Raises:
-        UserError: the folder is damaged, or has no such split.
+        UserError: it cannot be found, the folder is damaged, or there is no such split.
     """
-    path, config, split = (name.removeprefix("datasets:").split(":") + ["", ""])[:3]
-    folder = Path(path)
+    state = copy / "state.json"
+    if state.is_file():
+        record = read_json(state)
+        return [copy / shard_name(i) for i in range(record["shards"])] if record["done"] else None
+    name = DatasetName.parse(text)
+    folder = saved_folder(name)
+    if folder is None:
+        from millrace.data.dataset_builder import prepared_files
+
+        files = prepared_files(name)
+    else:
+        files = _saved_files(name, folder)
+    return None if files is None or any(map(_names_files, files)) else files
+
+
+def shard_name(number: int) -> str:
+    """File of an import."""
+    return f"{number:05d}.parquet"
+
+
+def _saved_files(name: DatasetName, folder: Path) -> list[Path] | None:
     if (folder / "dataset_dict.json").is_file():
-        splits = _read(folder / "dataset_dict.json").get("splits", [])
-        if (split or "train") not in splits:
-            hint = did_you_mean(split or "train", splits) or f"; it has: {', '.join(splits)}"
-            raise UserError(f"the data set '{name}' has no split '{split or 'train'}'{hint}")
-        return _saved(folder / (split or "train"))
-    if (folder / "state.json").is_file():
-        return _saved(folder)
-    return _prepared(path, config, split or "train")
-
-
-def _saved(folder: Path) -> list[Path] | None:
-    """Files of one split that `Dataset.save_to_disk` wrote."""
-    state = _read(folder / "state.json")
-    if state.get("_indices_data_files"):  # releases before 2.0 kept the mapping beside the rows
+        splits = read_json(folder / "dataset_dict.json").get("splits", [])
+        if not name.whole:
+            return None
+        if name.split not in splits:
+            raise no_split(name, splits)
+        folder /= name.split
+    state = read_json(folder / "state.json")
+    only = state.get("_split") or "train"
+    if not name.whole or state.get("_indices_data_files"):  # releases before 2.0 kept the mapping beside the rows
         return None
+    if name.split not in (only, folder.name):
+        raise no_split(name, [only])
     names = [entry["filename"] for entry in state.get("_data_files", []) if isinstance(entry.get("filename"), str)]
-    files = [folder / name for name in names]
+    files = [folder / file for file in names]
     for file in files:
         if file.parent != folder or not file.is_file():
             raise UserError(f"{folder / 'state.json'} names {file}, which is not a file of that folder")
     return files
 
 
-def _prepared(path: str, config: str, split: str) -> list[Path] | None:
-    """Files in the cache of `datasets`, if the data set was prepared before and the split is a whole one."""
-    import datasets
-
+def _names_files(path: Path) -> bool:
+    """Whether a row only names the file of its image or sound. Reads the heads and null bitmaps of the batches."""
     try:
-        builder: Any = datasets.load_dataset_builder(path, config or None)
-        if not Path(builder.cache_dir).joinpath("dataset_info.json").is_file() or split not in builder.info.splits:
-            return None
-        loaded: Any = builder.as_dataset(split=split)
-    except Exception:  # `datasets` raises many kinds; importing it will say what is wrong
-        return None
-    if loaded._indices is not None:
-        return None
-    return [Path(file["filename"]) for file in loaded.cache_files]
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
+            wanted = [i for i, field in enumerate(batches.schema) if _is_file(field.type)]
+            return bool(wanted) and any(_path_alone(batch.column(i)) for batch in batches for i in wanted)
+    except (pa.ArrowException, OSError):
+        return False  # it will be named when it is read
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _is_file(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
+
+
+def _path_alone(column: pa.StructArray) -> bool:
+    alone = pc.and_(column.field("bytes").is_null(), column.field("path").is_valid())
+    return bool(pc.any(alone).as_py())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A record of `datasets` or of an import.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:

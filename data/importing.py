@@ -1,77 +1,179 @@
-"""Data sets of the `datasets` library, streamed into JSON lines below a folder."""
+"""Import of data sets of the `datasets` library: streamed, row by row, into Parquet shards of the wanted columns."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from millrace.core.errors import UserError, did_you_mean
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from millrace.core.console import warn
+from millrace.core.errors import UserError
 from millrace.core.rundir import write_atomic
-from millrace.data.inputs import DATASET, Progress
+from millrace.data.dataset_files import DatasetName, read_json, shard_name
+from millrace.data.dataset_values import Inside, value_of
+from millrace.data.index import publish
+from millrace.data.sources.base import BadSample, Value
+
+if TYPE_CHECKING:
+    from millrace.data.dataset_rows import DatasetRows
+
+_GROUP_BYTES, _GROUP_ROWS = 2**20, 4096  # of a row group: a block, whose samples are read together
+_TOLD = 8  # bad rows that are named
 
 
-def import_dataset(name: str, number: int, column: str, raw: Path, shard_size: int, progress: Progress) -> str:
-    """Stream the data set `datasets:NAME[:CONFIG[:SPLIT]]` into JSON lines below `raw`; return a glob.
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """What is taken of a data set, and how."""
 
-    Shards appear whole; after an interruption the documents in them are skipped, not written again.
+    columns: Mapping[str, str]  # role -> column
+    shard_size: int  # bytes of values
+    on_bad: str  # "stop" or "skip"
+    progress: Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is done: `state.json` of the folder. `at` is where the stream stands behind the last shard."""
+
+    input: str
+    identity: str
+    shards: int = 0
+    rows: int = 0
+    bytes: int = 0
+    bad: int = 0
+    at: dict[str, Any] | None = None
+    done: bool = False
+
+    def write(self, folder: Path) -> None:
+        write_atomic(folder / "state.json", json.dumps(asdict(self)))
+
+
+def import_dataset(text: str, folder: Path, options: Import) -> None:
+    """Stream the data set `text` into Parquet shards in `folder`, which `dataset_files` then finds.
+
+    A shard appears whole, and what is done is written behind it; an interrupted call is continued behind the last
+    shard, or anew if the data set has changed. A row that cannot be read stops the import, or becomes a row of nulls,
+    which are left out later. Memory: one row group.
 
     Raises:
-        UserError: the data set cannot be loaded, or has no such column.
+        UserError: the data set cannot be had, has no such column, or has a row that cannot be read.
     """
-    raw.mkdir(parents=True, exist_ok=True)
-    pattern = f"{number:03d}-*.jsonl"
-    done = raw / f"{number:03d}.json"
-    if not done.exists():
-        shards = sorted(raw.glob(pattern))
-        written = sum(_count_lines(shard) for shard in shards)
-        rows = _open_dataset(name, column, written)
-        parts = _cut(rows, shard_size)
-        size = sum(shard.stat().st_size for shard in shards)
-        for count, text in enumerate(parts, len(shards)):
-            write_atomic(raw / f"{number:03d}-{count:05d}.jsonl", text)
-            size += len(text.encode())
-            progress(f"reading {name}", size, 0)
-        write_atomic(done, json.dumps({"input": name}))
-    return str(raw / pattern)
+    from millrace.data.dataset_rows import DatasetRows
+
+    rows = DatasetRows(DatasetName.parse(text), list(options.columns.values()))
+    folder.mkdir(parents=True, exist_ok=True)
+    state = _begin(text, folder, rows.identity)
+    shard: _Shard | None = None
+    for row in rows.read(state.at):
+        shard = shard or _Shard(folder / shard_name(state.shards), _schema(options, rows))
+        record, why = _record(row, options.columns, rows.inside)
+        if why:
+            _bad(f"'{text}', row {state.rows}: {why}", state.bad, options.on_bad)
+        shard.add(record)
+        state = replace(state, rows=state.rows + 1, bad=state.bad + bool(why))
+        if shard.bytes >= options.shard_size:
+            state = _close(shard, replace(state, at=rows.state()), folder)
+            shard = None
+            options.progress(f"reading {text}", state.bytes, 0)
+    if shard:
+        state = _close(shard, state, folder)
+    replace(state, done=True).write(folder)
 
 
-def _count_lines(path: Path) -> int:
-    with open(path, "rb") as file:
-        return sum(1 for _ in file)
+def _begin(text: str, folder: Path, identity: str) -> _State:
+    """What an interrupted call left, unless the data set has changed since."""
+    if (folder / "state.json").exists():
+        state = _State(**read_json(folder / "state.json"))
+        if state.identity == identity:
+            return state
+        warn(f"the data set '{text}' changed since the interruption: importing it again")
+        shutil.rmtree(folder)
+        folder.mkdir()
+    state = _State(text, identity)
+    state.write(folder)
+    return state
 
 
-def _cut(rows: Iterator[dict[str, Any]], shard_size: int) -> Iterator[str]:
-    lines: list[str] = []
-    size = 0
-    for row in rows:
-        lines.append(json.dumps(row, ensure_ascii=True) + "\n")
-        size += len(lines[-1])
-        if size >= shard_size:
-            yield "".join(lines)
-            lines, size = [], 0
-    if lines:
-        yield "".join(lines)
+def _close(shard: _Shard, state: _State, folder: Path) -> _State:
+    shard.close()
+    state = replace(state, shards=state.shards + 1, bytes=state.bytes + shard.bytes)
+    state.write(folder)
+    return state
 
 
-def _open_dataset(name: str, column: str, skip: int) -> Iterator[dict[str, Any]]:
-    import datasets
+def _schema(options: Import, rows: DatasetRows) -> pa.Schema:
+    types = {"text": pa.string(), "image": pa.binary(), "audio": pa.binary()}
+    return pa.schema(
+        (column, types.get(role) or pa.list_(rows.token_type(column) or pa.int64()))
+        for role, column in options.columns.items()
+    )
 
-    parts = name.removeprefix(DATASET).split(":")
-    path, config, split = (parts + ["", ""])[:3]
-    try:
-        if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
-            loaded: Any = datasets.load_from_disk(path)
-        else:
-            loaded = datasets.load_dataset(path, config or None, split=split or None, streaming=True)
-        if isinstance(loaded, dict):
-            loaded = loaded[split or "train"]
-    except Exception as error:  # `datasets` raises many kinds; all of them mean that it cannot be had
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot load the data set '{name}': {reason}; check name, config and split") from None
-    names = list(loaded.features or {})
-    if names and column not in names:
-        hint = did_you_mean(column, names) or f"; it has: {', '.join(names)}"
-        raise UserError(f"the data set '{name}' has no column '{column}'{hint}; name the text column with `text`")
-    return ({column: row.get(column)} for row in loaded.skip(skip))
+
+def _record(row: Mapping[str, Any], columns: Mapping[str, str], inside: Inside) -> tuple[dict[str, Value | None], str]:
+    """Values by column, and why they cannot be read, if so; then they are null."""
+    record: dict[str, Value | None] = {}
+    for role, column in columns.items():
+        value = value_of(role, row.get(column), inside)
+        if isinstance(value, BadSample):
+            return dict.fromkeys(columns.values()), value.why
+        record[column] = value
+    return record, ""
+
+
+def _bad(what: str, before: int, on_bad: str) -> None:
+    if on_bad == "stop":
+        raise UserError(f"{what}; mend the data set, or leave such rows out with --on-bad skip")
+    if before < _TOLD:
+        warn(f"{what}; it is left out{' (no more of them are named)' if before == _TOLD - 1 else ''}")
+
+
+class _Shard:
+    """A Parquet file that appears under its name when it is closed."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.bytes = 0
+        self._path, self._schema = path, schema
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        media = [field.name for field in schema if field.type == pa.binary()]
+        self._writer = pq.ParquetWriter(
+            self._temporary,
+            schema,
+            compression="none" if media else "zstd",  # images and sounds are compressed already
+            use_dictionary=False,
+            write_statistics=False,
+        )
+        self._rows: list[dict[str, Value | None]] = []
+        self._group = 0
+
+    def add(self, record: dict[str, Value | None]) -> None:
+        """Write a row."""
+        self._rows.append(record)
+        size = sum(map(_size, record.values()))
+        self.bytes += size
+        self._group += size
+        if self._group >= _GROUP_BYTES or len(self._rows) >= _GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema), row_group_size=len(self._rows))
+        self._rows, self._group = [], 0
+
+    def close(self) -> None:
+        """Write what is left, durably."""
+        self._flush()
+        self._writer.close()
+        publish(self._temporary, self._path)
+
+
+def _size(value: Value | None) -> int:
+    if isinstance(value, str):
+        return len(value.encode())
+    return value.nbytes if isinstance(value, np.ndarray) else len(value or b"")

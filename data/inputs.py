@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.core.errors import UserError, did_you_mean
-from millrace.data.dataset_files import arrow_files
+from millrace.data.dataset_files import DATASET, dataset_files
 from millrace.data.stores.base import Blob, StoreError, open_blob, scheme_of
 
 # By suffix; a kind that SOURCES does not have is refused when it is read.
@@ -34,7 +34,6 @@ KINDS = {
 }
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 FOLDER = ("metadata.jsonl", "metadata.csv")  # these list the files of a folder of images or sounds
-DATASET = "datasets:"
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)")
 _GLOB = re.compile(r"[*?\[]")
 _LOOKS = 16  # files whose size and version are asked for at once
@@ -94,7 +93,7 @@ def _exists(path: str) -> bool:
 
 def _default_name(where: str) -> str:
     if where.startswith(DATASET):
-        return Path(where.split(":")[1]).name
+        where = where.split(":")[1]
     if scheme_of(where) == "file":
         where = str(Path(where.removeprefix("file://")).expanduser().absolute())
     else:
@@ -112,7 +111,7 @@ def resolve(inputs: Sequence[str], kind: str, out: Path) -> list[InputFile]:
     """
     found: dict[str, int] = {}
     for source, name in enumerate(inputs):
-        for url in _named(name, kind, out):
+        for url in _named(name, kind, out, source):
             if url in found:
                 raise UserError(f"{url} is named twice, by '{inputs[found[url]]}' and '{name}'; name it once")
             found[url] = source
@@ -120,15 +119,24 @@ def resolve(inputs: Sequence[str], kind: str, out: Path) -> list[InputFile]:
         looks = list(pool.map(look, found))
     return [
         InputFile(
-            url, _kind(url) or "text" if kind == "auto" or url.endswith(".arrow") else kind, source, size, version
+            url,
+            _kind(url) or "text" if kind == "auto" or inputs[source].startswith(DATASET) else kind,
+            source,
+            size,
+            version,
         )
         for (url, source), (size, version) in zip(found.items(), looks, strict=True)
     ]
 
 
-def _named(name: str, kind: str, out: Path) -> list[str]:
+def import_folder(out: Path, source: int) -> Path:
+    """Where a data set is imported to, the input of that number, if it cannot be read in place."""
+    return out / "raw" / f"{source:03d}"
+
+
+def _named(name: str, kind: str, out: Path, source: int) -> list[str]:
     if name.startswith(DATASET):
-        return [str(path) for path in arrow_files(name) or ()]
+        return [str(path) for path in dataset_files(name, import_folder(out, source)) or ()]
     return _urls(name, kind) if scheme_of(name) != "file" else _paths(name, kind, out)
 
 

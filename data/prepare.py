@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,9 @@ from millrace.core.errors import UserError, did_you_mean
 from millrace.core.rundir import write_atomic
 from millrace.data import SOURCES
 from millrace.data.costs import Costs
-from millrace.data.dataset_files import arrow_files
-from millrace.data.importing import import_dataset
-from millrace.data.inputs import DATASET, InputFile, Progress, name_inputs, resolve
+from millrace.data.dataset_files import DATASET, dataset_files
+from millrace.data.importing import Import, import_dataset
+from millrace.data.inputs import InputFile, Progress, import_folder, name_inputs, resolve
 from millrace.data.manifest import Header, Kept, Manifest, build_manifest
 from millrace.data.prepared import Prepared, claim, difference, index_files, tidy
 from millrace.data.stores.base import StoreError
@@ -134,15 +135,25 @@ def prepare(config: PrepareConfig, progress: Progress = _no_progress) -> Summary
     elif changed := difference(done.options, options):
         raise UserError(f"{out} was prepared with other options ({changed}); name a new folder")
     named = name_inputs(config.inputs)
-    files = _files(config, list(named.values()), out, progress)
+    inputs = list(named.values())
+    with _continued(out):
+        _import(config, inputs, out, done, progress)
+    files = _files(config, inputs, out)
     job = _Job(config, out, list(named), files, done.added(files, out) if done else files, done, progress)
     if done and not job.new:
         shutil.rmtree(out / ".work", ignore_errors=True)
         tokenizer = str(out / "tokenizer") if (out / "tokenizer").is_dir() else None
         return Summary(**{**done.summary, "out": str(out), "tokenizer": tokenizer, "already_done": True})
-    try:
+    with _continued(out):
         (out / ".work").mkdir(exist_ok=True)
         return _finish(job, _tokenizer(job))
+
+
+@contextmanager
+def _continued(out: Path) -> Iterator[None]:
+    """Errors of stores and disks, after which the same command continues."""
+    try:
+        yield
     except StoreError as error:
         raise UserError(f"{error}; run the same command again to continue") from None
     except OSError as error:
@@ -157,21 +168,37 @@ def _options(config: PrepareConfig) -> dict[str, Any]:
     return options | {"text": config.columns.get("text")}
 
 
-def _files(config: PrepareConfig, inputs: Sequence[str], out: Path, progress: Progress) -> list[InputFile]:
-    """Files of all inputs; data sets that no Arrow files on this machine hold are imported first."""
-    text, names = config.columns.get("text"), list(inputs)
+def _import(config: PrepareConfig, inputs: Sequence[str], out: Path, done: Prepared | None, progress: Progress) -> None:
+    """Import the data sets that no files on this machine hold."""
+    options = Import(columns=config.columns, shard_size=config.shard_size, on_bad=config.on_bad, progress=progress)
     for number, name in enumerate(inputs):
-        if name.startswith(DATASET) and arrow_files(name) is None:
-            if text is None:
-                raise UserError(f"'{name}' has to be imported, as text; name its text column with `text`")
-            names[number] = import_dataset(name, number, text, out / "raw", config.shard_size, progress)
-    files = resolve(names, config.kind, out)
+        if name.startswith(DATASET):
+            folder = import_folder(out, number)
+            files = dataset_files(name, folder)
+            if done and number < len(done.options["inputs"]):
+                _check_same(name, files, done, out)
+            elif files is None:
+                import_dataset(name, folder, options)
+
+
+def _files(config: PrepareConfig, inputs: Sequence[str], out: Path) -> list[InputFile]:
+    files = resolve(inputs, config.kind, out)
     for file in files:
         if file.kind == "megatron" and "tokens" not in config.columns:
             raise UserError(
                 f"{file.url} holds tokens; add --tokens tokens --tokenizer NAME, the one they were made with"
             )
     return files
+
+
+def _check_same(name: str, files: Sequence[Path] | None, done: Prepared, out: Path) -> None:
+    """Refuse a data set of which nothing is left where it was read in place."""
+    known = {url for url, *_ in done.files}
+    if files is None or (files and not known & set(map(str, files))):
+        raise UserError(
+            f"'{name}' changed after {out} was prepared, or its files in the cache of `datasets` are gone; "
+            "prepare into a new folder"
+        )
 
 
 def _tokenizer(job: _Job) -> Tokenizer | None:

@@ -22,7 +22,8 @@ from typing import Any
 from millrace.core.errors import UserError
 from millrace.core.rundir import write_atomic
 from millrace.data.curate.config import CurateConfig
-from millrace.data.inputs import DATASET, InputFile, Progress, resolve
+from millrace.data.dataset_files import DATASET
+from millrace.data.inputs import InputFile, Progress, resolve
 
 
 @dataclass(frozen=True)

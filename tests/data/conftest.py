@@ -6,11 +6,13 @@ import io
 import json
 import random
 import struct
+import sys
 import wave
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -122,3 +124,30 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MILLRACE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of the test's own, no hub, no torchcodec."""
+    import datasets
+    import huggingface_hub.constants
+
+    for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH"):
+        monkeypatch.setattr(datasets.config, name, tmp_path / "hf" / name)
+    for module in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    for name in ("torchcodec", "torchcodec.decoders", "torchcodec.encoders"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "text": f"sample {i}\nof a set" if i % 3 else f'"naïve", 鳥 {i}',
+            "image": make_png(3 + i % 5, 2),
+            "audio": make_wav(50 + i, 8000),
+            "tokens": list(range(i % 7)),
+        }
+        for i in range(30)
+    ]

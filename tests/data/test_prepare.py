@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from millrace.core.errors import UserError
-from millrace.data import importing, units
+from millrace.data import units
 from millrace.data.corpus import Corpus
 from millrace.data.manifest import Manifest
 from millrace.data.prepare import PrepareConfig, Summary, prepare
@@ -354,62 +354,6 @@ def test_a_foreign_folder_is_not_touched(shards: Path, tmp_path: Path) -> None:
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PrepareConfig(**options)
-
-
-@pytest.mark.parametrize("saved", [True, False])
-def test_data_sets_are_read_in_place_or_streamed_into_shards(tmp_path: Path, corpora: Any, saved: bool) -> None:
-    """What `save_to_disk` wrote is Arrow, read where it lies; anything else is imported."""
-    import datasets
-
-    documents = corpora.make_documents(50)
-    made = datasets.Dataset.from_dict({"text": documents, "id": list(range(50))})
-    if saved:
-        made.save_to_disk(tmp_path / "set")
-    else:
-        (tmp_path / "set").mkdir()
-        made.to_json(tmp_path / "set" / "train.jsonl")
-    name = f"datasets:{tmp_path / 'set'}::train"
-    summary = run(tmp_path / "out", name, shard_size=1500)
-    kinds = [(shard.kind, "set" in Path(shard.url).parts) for shard in Manifest.load(tmp_path / "out").shards]
-    assert kinds == [("arrow", True)] if saved else len(kinds) > 2 and set(kinds) == {("jsonl", False)}
-    assert texts_of(tmp_path / "out") == documents
-    assert summary.train[0] | {"bytes": 0, "tokens": 0} == {
-        "name": "set",
-        "documents": 50,
-        "bytes": 0,
-        "tokens": 0,
-    }
-    assert run(tmp_path / "out", name, shard_size=1500).already_done
-    with pytest.raises(UserError, match="has no column 'tetx'; did you mean 'text'"):
-        run(tmp_path / "b", name, text="tetx")
-    with pytest.raises(UserError, match="cannot load the data set"):
-        run(tmp_path / "c", f"datasets:{tmp_path / 'nowhere'}")
-
-
-def test_an_interrupted_data_set_continues_where_it_was(
-    tmp_path: Path, corpora: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import datasets
-
-    made = datasets.Dataset.from_dict({"text": corpora.make_documents(50)})
-    (tmp_path / "set").mkdir()
-    made.to_json(tmp_path / "set" / "train.jsonl")
-    name, skips = f"datasets:{tmp_path / 'set'}::train", []
-    run(tmp_path / "whole", name, shard_size=1500)
-    honest = importing._open_dataset
-    monkeypatch.setattr(importing, "_open_dataset", lambda *a: skips.append(a[2]) or honest(*a))
-
-    def interrupt(what: str, count: int, total: int) -> None:
-        if count > 3000:
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(tmp_path / "out", name, shard_size=1500, progress=interrupt)
-    run(tmp_path / "out", name, shard_size=1500)
-    assert skips[0] == 0 and skips[1] > 0
-    whole, out = files_of(tmp_path / "whole" / "raw"), files_of(tmp_path / "out" / "raw")
-    assert whole == out
-    assert Manifest.load(tmp_path / "out").fingerprint == Manifest.load(tmp_path / "whole").fingerprint
 
 
 def test_progress_never_goes_back_and_ends_at_the_total(shards: Path, tmp_path: Path) -> None:

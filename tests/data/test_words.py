@@ -47,7 +47,8 @@ def both(plain: dict[str, Any]) -> tuple[Tokenizer, Words]:
 PAIRS = {name: both(plain) for name, plain in SPECS.items()}
 PIECES = st.sampled_from(
     [" ", "  ", "\n", " \n", "\t", "\u00a0", "\u2003", "\u3000", "\x1c", "\x85", "a", "Ab", "'s", "'LL", "12", "3456",
-     "é", "e\u0301", "\u0301", "́", "ſ", "漢字", "!?", "...", "<|endoftext|>", "_", "٣", "🙂", "\u200d", "\u200b", "\ufeff"]
+     "é", "e\u0301", "\u0301", "́", "ſ", "漢字", "!?", "...", "<|endoftext|>", "_", "٣", "🙂", "\u200d",
+     "\u200b", "\ufeff"]
 )  # fmt: skip
 
 
