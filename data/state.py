@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from millrace.core.errors import UserError
@@ -44,10 +44,8 @@ class LoaderState:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        out = asdict(self)
-        lists = ("manifests", "components", "counts")
-        out["stages"] = [stage | {name: list(stage[name]) for name in lists} for stage in out["stages"]]
-        return out
+        stages = [{k: list(v) if isinstance(v, tuple) else v for k, v in vars(stage).items()} for stage in self.stages]
+        return vars(self) | {"stages": stages}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> LoaderState:

@@ -23,12 +23,15 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from millrace.data.tokenizer import train_bpe
 from tests.house.typing_tree import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other as siblings
 
 from peers import environments, measure, metrics, payloads, run, server, tables, write
+from peers.arms import ours
 from peers.decode import Collate
+from peers.job import Job
 
 
 class TestPayloads:
@@ -89,6 +92,30 @@ class TestPayloads:
         assert found == {f"{i:08d}.txt": raw[i] for i in range(70)} | {
             f"{i:08d}.cls": str(i * 10 // 70).encode() for i in range(70)
         }
+
+
+@pytest.mark.parametrize("modality", ["text", "tokens", "images", "audio"])
+def test_our_arm_gives_every_sample_once_whatever_the_format(
+    modality: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path / "cache"))
+    tokenizer = train_bpe([payloads.text(i).decode() for i in range(20)], 400)
+    tokenizer.save(tmp_path / "tokenizer")
+    payloads.make_raw(modality, 60, tmp_path / modality, tokenizer.encode)
+    for kind, writer in (("parquet", write.write_parquet), ("tar", write.write_tar)):
+        (tmp_path / modality / kind).mkdir()
+        writer(modality, payloads.Raw(tmp_path / modality), tmp_path / modality / kind)
+        job = Job(
+            arm=f"ours-{kind}", modality=modality, data=str(tmp_path), endpoint=None, cache=str(tmp_path / "cache"),
+            tokenizer=str(tmp_path / "tokenizer" / "tokenizer.json"), samples=60, batch=8, workers=0, seed=1,
+        )  # fmt: skip
+        ours.make_manifest(job)
+        batches = list(ours.open_stream(job, None))
+        assert sorted(np.concatenate([batch["ids"] for batch in batches]).tolist()) == list(range(60))
+        assert all((batch["labels"] == payloads.labels(60)[batch["ids"]]).all() for batch in batches)
+        if modality in ("images", "audio"):
+            collated = Collate(modality, "")([(i, 0, payloads.MAKERS[modality](i)) for i in batches[0]["ids"]])
+            assert (batches[0]["data"] == collated["data"]).all()
 
 
 LATENCY = 0.05
