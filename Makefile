@@ -18,8 +18,16 @@ help:
 demo: $(VENV)/stamp-run $(VENV)/stamp-comm
 	$(VENV)/bin/python -m millrace.launch.demo
 
+# Tests that start no ranks run two at a time; the others use two cores by themselves.
+WITHOUT_RANKS := tests/benchmarks tests/core tests/data tests/eval tests/launch
+
 test: $(VENV)/stamp-dev $(VENV)/stamp-ops
+ifdef ARGS
 	$(RUN) -m pytest -m "not slow" $(ARGS)
+else
+	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile $(WITHOUT_RANKS)
+	$(RUN) -m pytest -m "not slow" $(addprefix --ignore=,$(WITHOUT_RANKS))
+endif
 
 sweep: $(VENV)/stamp-dev $(VENV)/stamp-ops
 	$(RUN) -m pytest -m slow $(ARGS)
