@@ -118,13 +118,7 @@ def resolve(inputs: Sequence[str], kind: str, out: Path) -> list[InputFile]:
     with ThreadPoolExecutor(_LOOKS) as pool:
         looks = list(pool.map(look, found))
     return [
-        InputFile(
-            url,
-            _kind(url) or "text" if kind == "auto" or inputs[source].startswith(DATASET) else kind,
-            source,
-            size,
-            version,
-        )
+        InputFile(url, _kind_of(inputs[source], url, kind), source, size, version)
         for (url, source), (size, version) in zip(found.items(), looks, strict=True)
     ]
 
@@ -132,6 +126,11 @@ def resolve(inputs: Sequence[str], kind: str, out: Path) -> list[InputFile]:
 def import_folder(out: Path, source: int) -> Path:
     """Where a data set is imported to, the input of that number, if it cannot be read in place."""
     return out / "raw" / f"{source:03d}"
+
+
+def _kind_of(name: str, url: str, kind: str) -> str:
+    """The kind of a file that the input `name` named, where `kind` was asked for."""
+    return kind if kind != "auto" and not name.startswith(DATASET) else _kind(url) or "text"
 
 
 def _named(name: str, kind: str, out: Path, source: int) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from millrace.data import SOURCES
 from millrace.data.corpus import Corpus
 from millrace.data.index import Entries
 from millrace.data.manifest import Manifest
-from millrace.data.sources.base import BadSample, Content, Source, checksum
+from millrace.data.sources.base import BadSample, Content, Place, Source, checksum
 from millrace.data.stores.base import Blob, StoreError, open_blob
 
 _OPEN_BLOBS = 128  # shards kept open
@@ -66,11 +67,11 @@ class ShardReader:
         places = list(zip(entries.at[here].tolist(), entries.extent[here].tolist(), strict=True))
         manifest, place = self.corpus.shard(number)
         try:
-            return self._source(manifest, manifest.shards[place].kind).read(self._blob(number), places)
+            return _contents(self._source(manifest, manifest.shards[place].kind), self._blob(number), places)
         except StoreError as error:
             raise UserError(
-                f"cannot read a shard of the manifest {manifest.folder}: {error}; put it back, or run "
-                "`millrace prepare` into a new folder"
+                f"cannot read a shard of the manifest {manifest.folder}: {error}; put it back or wait for the store, "
+                "and start again, or run `millrace prepare` into a new folder"
             ) from None
 
     def _source(self, manifest: Manifest, kind: str) -> Source:
@@ -105,6 +106,14 @@ class ShardReader:
             if blob := self._blobs.pop(number, None):
                 blob.forget()
             self._sources.clear()
+
+
+def _contents(source: Source, blob: Blob, places: Sequence[Place]) -> list[Content]:
+    """What a source reads; where a damaged head of the shard lets it read nothing, all samples are bad."""
+    try:
+        return source.read(blob, places)
+    except UserError as error:
+        return [BadSample(str(error)) for _ in places]
 
 
 def _differs(content: Content, check: int) -> bool:

@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 from millrace.core.errors import UserError
 from millrace.data.sources.base import BadSample, Content, Place, Sample, Source
 from millrace.data.sources.columnar import Rows, wanted_columns
+from millrace.data.sources.parquet_pages import Pages
 from millrace.data.sources.recent import Recent
 from millrace.data.stores.base import Blob, StoreError
 
 _CACHE_BYTES = 512 * 2**20  # decoded row groups kept: a window visits `shuffle_blocks` of them, over and over
 _MAX_GROUP = 2**32  # bytes of a row group, decompressed
+_MAX_BATCH = 2**28  # bytes of the rows that a scan decodes together, if each were as long as the dictionary
 
 
 class ParquetSource(Source):
@@ -31,11 +33,16 @@ class ParquetSource(Source):
         """Stream one row group at a time."""
         with _open(blob) as file:
             wanted = wanted_columns(list(self.columns.values()), file.schema_arrow.names, blob.url)
+            pages = Pages(blob)
             for group in range(file.num_row_groups):
                 _check_size(blob, file, group)
-                row = 0
-                batches = file.iter_batches(1024, row_groups=[group], columns=wanted, use_threads=False)
+                row = size = 0
+                batches = file.iter_batches(
+                    _rows_at_once(blob, pages, group, wanted), row_groups=[group], columns=wanted, use_threads=False
+                )
                 while (batch := _sound(blob, group, partial(next, batches, None))) is not None:
+                    size += batch.nbytes
+                    _refuse_large(blob, group, size)
                     rows = Rows(pa.Table.from_batches([batch]), self.columns, blob.url)
                     for index in range(rows.length):
                         content = rows.record(index, _in_group(group, row))
@@ -80,7 +87,20 @@ def _check_size(blob: Blob, file: pq.ParquetFile, group: int) -> None:
 
     The sizes of single columns are not asked for: where the footer is damaged, pyarrow ends the process.
     """
-    size = _sound(blob, group, lambda: file.metadata.row_group(group).total_byte_size)
+    _refuse_large(blob, group, _sound(blob, group, lambda: file.metadata.row_group(group).total_byte_size))
+
+
+def _rows_at_once(blob: Blob, pages: Pages, group: int, columns: Sequence[str]) -> int:
+    """Rows to decode together: few where a dictionary has long values, which any number of rows may name.
+
+    Refuses what is too large for memory, as the headers of the pages have it: the footer may lie.
+    """
+    found = pages.measure(group, columns)
+    _refuse_large(blob, group, found.bytes + 8 * found.values)
+    return max(1, min(1024, _MAX_BATCH // max(1, found.dictionary)))
+
+
+def _refuse_large(blob: Blob, group: int, size: int) -> None:
     if size > _MAX_GROUP:
         raise UserError(
             f"{blob.url}: row group {group} has {size} bytes, more than {_MAX_GROUP}; write smaller row groups"

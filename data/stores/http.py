@@ -38,6 +38,10 @@ class HttpAnswer:
     url: str
 
 
+class _NotTheRange(StoreError):
+    """The answer is a page or the whole file."""
+
+
 class HttpBlob(RemoteBlob):
     """A file of a server that serves byte ranges; `headers` go to its own host only, not to those it redirects to."""
 
@@ -54,6 +58,8 @@ class HttpBlob(RemoteBlob):
     def _attempt(self, start: int, stop: int, end: float) -> bytes:
         try:
             answer = self._request(self._target, (start, stop), end)
+        except _NotTheRange as error:  # it was, when the file was opened: a page of a proxy, or of maintenance
+            raise Transient(str(error), answered=True) from None
         except StoreError:
             if self._target == self._source:
                 raise
@@ -107,7 +113,11 @@ class HttpBlob(RemoteBlob):
         if response.status == 416:
             raise self._changed()
         if response.status in (200, 206):
-            raise StoreError(f"cannot read {self.url}: the server does not serve byte ranges (nginx and Caddy do)")
+            kind = headers.get("Content-Type", "something")
+            raise _NotTheRange(
+                f"cannot read {self.url}: it answers {response.status} with {kind}, not with the bytes asked for; the "
+                "server does not serve byte ranges (nginx and Caddy do)"
+            )
         why = f"{response.status} {response.reason}"
         if response.status in (408, 429) or response.status >= 500:
             pause = headers.get("Retry-After", "")

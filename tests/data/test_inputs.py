@@ -191,6 +191,9 @@ def test_kinds_come_from_names(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     found = {str(Path(f.url).relative_to(tmp_path)): f.kind for f in resolve([str(tmp_path)], "auto", tmp_path / "out")}
     assert found == {name: kind for name, kind in there.items() if kind}
+    for name in ("e.arrow", "c.parquet"):
+        (named,) = resolve([str(tmp_path / name)], "jsonl", tmp_path / "out")
+        assert named.kind == "jsonl"  # what was asked for, whatever the suffix
     in_glob = resolve([str(tmp_path / "mds" / "*")], "auto", tmp_path / "out")
     assert [Path(f.url).name for f in in_glob] == ["shard.00000.mds"]
     with pytest.raises(UserError, match="g.bin holds tokens; add --tokens tokens --tokenizer NAME"):

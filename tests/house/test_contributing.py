@@ -35,9 +35,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path, _, table = head.partition(", in ")
             target = copy / "millrace" / path
             if table:
-                old = target.read_text()
-                assert f"\n{table} = {{\n" in old
-                target.write_text(old.replace(f"\n{table} = {{\n", f"\n{table} = {{\n{text}"))
+                before, opening, rest = target.read_text().partition(f"\n{table} = {{\n")
+                assert opening
+                entries, closing, after = rest.partition("\n}\n")
+                key = text.partition(":")[0] + ":"  # where the table has it, its line is replaced
+                kept = "\n".join(line for line in entries.split("\n") if not line.startswith(key))
+                target.write_text(before + opening + text + kept + closing + after)
             elif head != "try it":
                 assert not target.exists(), f"{path} exists: choose another example"
                 target.write_text(text)
@@ -45,7 +48,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sections_have_one_file_lines_and_a_trial() -> None:
-    assert list(SECTIONS) == ["An architecture", "A source", "An objective", "A task"]
+    assert list(SECTIONS) == ["An architecture", "A source", "A store", "A decoder", "An objective", "A task"]
     for section in SECTIONS:
         heads = [head for head, _ in blocks(section)]
         files = [h for h in heads if h.endswith(".py")]
@@ -72,6 +75,7 @@ def test_the_examples_work(project: Path) -> None:
         assert done.returncode == 0, f"{section}:\n{done.stdout}\n{done.stderr}"
         said[section] = done.stdout
     assert said["An architecture"] == "128 384\n"
+    assert said["A decoder"] == "[ 0.   0.5 -1. ]\n"
     steps = [e for e in read(project / "runs/l2/ledger.jsonl") if e["event"] == "step"]
     assert [e["step"] for e in steps] == [1, 2, 3]
     assert 0 <= float(said["A task"].splitlines()[-1]) <= 1

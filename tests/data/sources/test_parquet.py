@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from millrace.core.errors import UserError
 from millrace.data.sources import parquet
 from millrace.data.sources.base import MAX_SAMPLE_BYTES, BadSample
+from millrace.data.sources.parquet_pages import _DAMAGED, Pages, _struct
+from millrace.data.stores.local import LocalBlob
 from tests.data.sources.check import Remote, agree, cut_everywhere, fails, make, scan
 
 TEXT = {"text": "text"}
@@ -79,6 +82,30 @@ def test_values_and_columns_beyond_the_limits_are_refused(tmp_path: Path, monkey
         scan("parquet", TEXT, path)
     read = make("parquet", TEXT).read(Remote(path), [(0, 1)])
     assert "write smaller row groups" in read[0].why
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_pages_are_those_that_pyarrow_reads(tmp_path: Path, version: str, dictionary: bool) -> None:
+    options = {"compression": "zstd", "data_page_version": version, "use_dictionary": dictionary, "data_page_size": 500}
+    rows = [{"text": f"{'text ' * (i % 7)}{i}", "ids": [i] * (i % 5), "x": {"bytes": b"x" * i}} for i in range(300)]
+    path = write(tmp_path / "a.parquet", rows, 100, **options)
+    pages, metadata = Pages(LocalBlob(str(path))), pq.ParquetFile(path).metadata
+    for group in range(3):
+        columns = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
+        for name in ("text", "ids", "x"):
+            (column,) = [c for c in columns if c.path_in_schema.split(".")[0] == name]
+            found = pages.measure(group, [name])
+            assert found.values == column.num_values and bool(found.dictionary) == dictionary
+            assert 0.7 * column.total_uncompressed_size < found.bytes < column.total_uncompressed_size  # less headers
+        assert pages.measure(group, ["text", "x"]).bytes == sum(pages.measure(group, [n]).bytes for n in ("text", "x"))
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_struct_or_damaged(raw: bytes) -> None:
+    with contextlib.suppress(*_DAMAGED):
+        _, stop = _struct(raw, 0)
+        assert 0 < stop <= len(raw)
 
 
 def test_a_row_that_is_not_there_is_bad(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ class FaultyServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes: the second would wait 40 ms for an ACK
     server: FaultyServer
 
     def log_message(self, *_: object) -> None:
@@ -73,6 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
             self.connection.close()
+        elif what == "html":
+            self.answer(200, b"<html><title>Sign in</title></html>", Content_Type="text/html")
         else:
             self.serve(what)
 
@@ -125,6 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
             for at in range(0, len(body), len(body) // 8 + 1):
                 self.wfile.write(body[at : at + len(body) // 8 + 1])
                 time.sleep(0.1)
+        elif what == "flip":
+            self.wfile.write(bytes([*body[:-1], body[-1] ^ 1]))
         else:
             self.wfile.write(body)
 
@@ -154,13 +159,19 @@ def server(serve: Callable[..., FaultyServer]) -> FaultyServer:
 
 
 @pytest.fixture(autouse=True)
-def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cache folder of the test's own, no credentials or proxies of whoever runs it, nothing kept from other tests."""
     for name in list(os.environ):
         if name.startswith(("AWS_", "GOOGLE_", "AZURE_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MILLRACE_CACHE_SIZE", raising=False)
+    _forget()
+    yield
+    _forget()
+
+
+def _forget() -> None:
     for kept in (cache.node_cache, remote.object_store, hub.commit_of, hub._file_system):
         kept.cache_clear()
     waiting._answered.clear()
