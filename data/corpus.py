@@ -88,13 +88,16 @@ class Corpus:
 
     def entries(self, samples: np.ndarray) -> Entries:
         """Index entries of `samples` (any order)."""
+        return Entries(*self.lookup(samples, COLUMNS))
+
+    def lookup(self, samples: np.ndarray, columns: Sequence[str]) -> np.ndarray:
+        """Columns of the index for `samples` (any order), int64 of shape (columns, N)."""
         if len(self.manifests) == 1:
-            return self.manifests[0].entries(samples)
-        out = np.empty((len(COLUMNS), len(samples)), np.int64)
+            return self.manifests[0].index.lookup(samples, columns)
+        out = np.empty((len(columns), len(samples)), np.int64)
         for number, here in self._split(samples):
-            found = self.manifests[number].entries(samples[here] & _ORDINAL)
-            out[:, here] = [getattr(found, name) for name in COLUMNS]
-        return Entries(*out)
+            out[:, here] = self.manifests[number].index.lookup(samples[here] & _ORDINAL, columns)
+        return out
 
     def shard_of(self, samples: np.ndarray) -> np.ndarray:
         """(manifest << 40) + number of the shard that holds each sample."""

@@ -1,4 +1,7 @@
-"""The per-sample index of a manifest: place, bytes, cost and checksum, in Parquet files of fixed length.
+"""The per-sample index of a manifest: place, bytes, cost and checksum, in Arrow files of fixed length.
+
+They are uncompressed, each column in the narrowest type that holds it, and mapped into memory: a plan asks for samples
+all over the corpus, and the ranks of a node share the pages. A process verifies a file once, when it first needs it.
 
 Files are named by number and content, so that appending never changes one that a running reader of the older manifest
 needs: where rows follow those of a file that is not full, a new file of that number holds them all.
@@ -6,6 +9,7 @@ needs: where rows follow those of a file that is not full, a new file of that nu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -24,7 +28,7 @@ from millrace.core.rundir import fsync_folder
 
 CHUNK = 65536  # samples in an index file; file number = ordinal // CHUNK
 COLUMNS = ("at", "extent", "bytes", "tokens", "check")
-_CACHED_CHUNKS = 32
+_MAPPED_CHUNKS = 256  # a rank that plans touches up to 0.4 MB of each
 _MEND = "put it back, or run `millrace prepare` into a new folder"
 
 
@@ -47,11 +51,11 @@ class Entries:
 
     def rows(self) -> np.ndarray:
         """Row after row, int64 (little-endian) of shape (N, columns); the SHA-256 of these bytes names the content."""
-        return np.stack([getattr(self, name) for name in COLUMNS], axis=1).astype("<i8")
+        return np.stack([getattr(self, name) for name in COLUMNS], axis=1).astype("<i8", copy=False)
 
     def digest(self) -> str:
         """SHA-256 of the rows."""
-        return hashlib.sha256(self.rows().tobytes()).hexdigest()
+        return hashlib.sha256(self.rows().data).hexdigest()
 
     def part(self, start: int, stop: int) -> Entries:
         """Entries [start, stop)."""
@@ -60,7 +64,7 @@ class Entries:
 
 def to_entries(table: pa.Table) -> Entries:
     """Columns of an index table."""
-    return Entries(*(table.column(name).to_numpy() for name in COLUMNS))
+    return Entries(*(table.column(name).to_numpy().astype(np.int64) for name in COLUMNS))
 
 
 def to_table(entries: Entries) -> pa.Table:
@@ -93,7 +97,7 @@ Chunk = dict[str, Any]
 
 def index_file(number: int, chunk: Chunk) -> str:
     """Name of an index file."""
-    return f"{number:05d}-{chunk['sha256'][:16]}.parquet"
+    return f"{number:05d}-{chunk['sha256'][:16]}.arrow"
 
 
 def write_index(folder: Path, parts: Iterable[Entries], full: Sequence[Chunk] = ()) -> list[Chunk]:
@@ -102,10 +106,23 @@ def write_index(folder: Path, parts: Iterable[Entries], full: Sequence[Chunk] = 
     listed = list(full)
     for entries in _rechunk(parts):
         chunk = {"samples": len(entries), "sha256": entries.digest()}
-        write_parquet(to_table(entries), folder / index_file(len(listed), chunk))
+        _write(entries, folder / index_file(len(listed), chunk))
         listed.append(chunk)
     fsync_folder(folder)
     return listed
+
+
+def _write(entries: Entries, path: Path) -> None:
+    table = pa.table({name: _narrow(getattr(entries, name)) for name in COLUMNS})
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with pa.ipc.new_file(temporary, table.schema) as file:
+        file.write_table(table)
+    publish(temporary, path)
+
+
+def _narrow(column: np.ndarray) -> np.ndarray:
+    """The same values in the narrowest unsigned type; int64 where one is negative, as checksums are."""
+    return column.astype(np.min_scalar_type(column.max())) if column.min() >= 0 else column
 
 
 def _rechunk(parts: Iterable[Entries]) -> Iterator[Entries]:
@@ -123,28 +140,29 @@ def _rechunk(parts: Iterable[Entries]) -> Iterator[Entries]:
 
 
 class Index:
-    """Reads entries by sample ordinal, keeping a bounded number of verified files in memory."""
+    """Reads entries by sample ordinal, keeping a bounded number of verified files mapped."""
 
     def __init__(self, folder: Path, chunks: Sequence[Chunk]) -> None:
         self._folder, self.listed = folder, list(chunks)
-        self._chunks: OrderedDict[int, Entries] = OrderedDict()
+        self._mapped: OrderedDict[int, pa.Table] = OrderedDict()
+        self._verified: set[int] = set()
         self._lock = threading.Lock()
 
-    def lookup(self, samples: np.ndarray) -> Entries:
-        """Entries of `samples` (ordinals, any order).
+    def lookup(self, samples: np.ndarray, columns: Sequence[str] = COLUMNS) -> np.ndarray:
+        """Columns of `samples` (ordinals, any order), int64 of shape (columns, N).
 
         Raises:
             UserError: an index file is missing or was altered.
         """
-        out = np.empty((len(COLUMNS), len(samples)), np.int64)
-        number = samples // CHUNK
-        for chunk in np.unique(number):
-            here = number == chunk
+        out = np.empty((len(columns), len(samples)), np.int64)
+        number, row = np.divmod(samples, CHUNK)
+        for chunk in np.unique(number).tolist():
+            here = np.flatnonzero(number == chunk)
             with self._lock:
-                entries = self._chunk(int(chunk))
-            for row, name in enumerate(COLUMNS):
-                out[row, here] = getattr(entries, name)[samples[here] - chunk * CHUNK]
-        return Entries(*out)
+                table = self._chunk(chunk)
+            for values, name in zip(out, columns, strict=True):
+                values[here] = table.column(name).chunk(0).to_numpy()[row[here]]
+        return out
 
     def path(self, number: int) -> Path:
         """Where index file `number` lies."""
@@ -156,19 +174,29 @@ class Index:
         Raises:
             UserError: the file is missing or was altered.
         """
+        table = self._open(number)
+        with contextlib.suppress(TypeError, ValueError):  # a flipped bit may change the type of a column
+            entries = to_entries(table)
+            if entries.digest() == self.listed[number]["sha256"]:
+                return entries
+        raise UserError(f"the index file {self.path(number)} was altered after it was written; {_MEND}")
+
+    def _open(self, number: int) -> pa.Table:
+        """Index file `number`, mapped; without a file descriptor that stays open."""
         path = self.path(number)
         try:
-            entries = to_entries(pq.read_table(path, use_threads=False))
+            with pa.memory_map(os.fspath(path)) as file:
+                return pa.ipc.open_file(file).read_all().select(COLUMNS)
         except (OSError, pa.ArrowException, KeyError) as error:
             raise UserError(f"cannot read the index file {path}: {error}; {_MEND}") from None
-        if entries.digest() != self.listed[number]["sha256"]:
-            raise UserError(f"the index file {path} was altered after it was written; {_MEND}")
-        return entries
 
-    def _chunk(self, number: int) -> Entries:
-        if number not in self._chunks:
-            self._chunks[number] = self.read(number)
-            if len(self._chunks) > _CACHED_CHUNKS:
-                self._chunks.popitem(last=False)
-        self._chunks.move_to_end(number)
-        return self._chunks[number]
+    def _chunk(self, number: int) -> pa.Table:
+        if number not in self._verified:
+            self.read(number)
+            self._verified.add(number)
+        if number not in self._mapped:
+            self._mapped[number] = self._open(number)
+            if len(self._mapped) > _MAPPED_CHUNKS:
+                self._mapped.popitem(last=False)
+        self._mapped.move_to_end(number)
+        return self._mapped[number]

@@ -1,6 +1,6 @@
 """The manifest: which shards a corpus consists of, what they hold, and a fingerprint of all of it.
 
-A folder with `manifest.json` and `index/*.parquet` (see `millrace.data.index`). Shards stay where they lie; their URLs
+A folder with `manifest.json` and `index/*.arrow` (see `millrace.data.index`). Shards stay where they lie; their URLs
 are relative where they move together with the manifest, otherwise absolute paths or URLs of a store.
 
 The cost of a sample (`tokens` in the index, in a shard and in the totals) is text tokens + 1 + positions of its media;
@@ -125,7 +125,7 @@ class Manifest:
 
     def entries(self, samples: np.ndarray) -> Entries:
         """Index entries of `samples` (ordinals)."""
-        return self.index.lookup(samples)
+        return Entries(*self.index.lookup(samples))
 
     def shard_of(self, samples: np.ndarray) -> np.ndarray:
         """Number of the shard that holds each sample."""

@@ -22,9 +22,12 @@ _BLOCKS, _SAMPLES = 1, 2
 def _mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele, Lea and Flood, 2014), elementwise on uint64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def derive_key(*parts: int) -> int:
@@ -52,6 +55,17 @@ def permute(index: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarra
         value[todo] = _feistel(value[todo], half[todo], key[todo])
         todo = todo[value[todo] >= size[todo]]
     return value.astype(np.int64)
+
+
+def permutation(size: int, key: int) -> np.ndarray:
+    """`permute` of all of a small [0, size), int64 of shape (size,): each value is encrypted once, then looked up."""
+    sizes, keys = np.array([size]), np.array([key], np.uint64)
+    half = _half_bits(sizes)
+    image = _feistel(np.arange(1 << 2 * int(half[0]), dtype=np.uint64), half, keys).astype(np.int64)
+    value = image[:size]
+    while (outside := value >= size).any():
+        value = np.where(outside, image[value], value)
+    return value
 
 
 def _feistel(value: np.ndarray, half: np.ndarray, key: np.ndarray) -> np.ndarray:

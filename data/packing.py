@@ -7,12 +7,13 @@ permuted: decreasing length would otherwise show a window's long documents first
 
 from __future__ import annotations
 
-import heapq
+import itertools
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import numpy as np
 
-from millrace.data.order import permute
+from millrace.data.order import permutation
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,14 @@ def pack(costs: np.ndarray, capacity: int, best_fit: bool = True, key: int = 0) 
     if not best_fit:
         return _concatenate(np.asarray(costs, np.int64), capacity)
     spans = cut(np.asarray(costs, np.int64), capacity)
-    rows = best_fit_decreasing(spans[:, 2] - spans[:, 1], capacity)
+    items, offsets = _best_fit(spans[:, 2] - spans[:, 1], capacity)
     if key:
-        count = np.array([len(rows)])
-        rows = [rows[i] for i in permute(np.arange(len(rows)), count, np.array([key], np.uint64))]
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    flat = [span for row in rows for span in row]
-    return Packs(spans[flat], offsets, capacity)
+        rows = permutation(len(offsets) - 1, key)
+        counts = np.diff(offsets)[rows]
+        ends = np.cumsum(counts)
+        items = items[np.arange(len(items)) + np.repeat(offsets[rows] - ends + counts, counts)]
+        offsets = np.concatenate([[0], ends])
+    return Packs(spans[items], offsets, capacity)
 
 
 def cut(costs: np.ndarray, capacity: int) -> np.ndarray:
@@ -63,29 +65,31 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Rows of item numbers.
 
     Longest item first (ties: lowest number), into the fullest row that takes it (ties: the row opened first).
-    O(n log n): rows wait in one heap for each free length, and a bitset finds the tightest free length.
     """
-    rows: list[list[int]] = []
-    waiting: dict[int, list[int]] = {}
-    free_lengths = 0  # bit f is set when some row has exactly f positions free
-    order = np.lexsort((np.arange(len(lengths)), -np.asarray(lengths)))
-    for item, length in zip(order.tolist(), np.asarray(lengths)[order].tolist(), strict=True):
-        fits = free_lengths >> length
-        if fits:
-            free = length + (fits & -fits).bit_length() - 1
-            row = heapq.heappop(waiting[free])
-            if not waiting[free]:
-                free_lengths ^= 1 << free
-            rows[row].append(item)
-        else:
-            free, row = capacity, len(rows)
-            rows.append([item])
-        left = free - length
-        if left:
-            heap = waiting.setdefault(left, [])
-            heapq.heappush(heap, row)
-            free_lengths |= 1 << left
-    return rows
+    items, offsets = _best_fit(np.asarray(lengths), capacity)
+    return [items[a:b].tolist() for a, b in itertools.pairwise(offsets.tolist())]
+
+
+def _best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items, row after row, and the (rows + 1,) offsets of the rows among them.
+
+    Rows wait in a list sorted by (free length, number), each written as one integer; the next empty row is its last. So
+    finding the fullest row that takes an item, and putting it back, are bisections.
+    """
+    shift = len(lengths).bit_length()
+    longest_first = np.argsort(-lengths, kind="stable")
+    waiting, rows, left = [capacity << shift], 1, []
+    for length in (lengths[longest_first] << shift).tolist():
+        found = bisect_left(waiting, length)
+        row = waiting.pop(found) - length
+        if found == len(waiting):
+            waiting.append((capacity << shift) + rows)
+            rows += 1
+        insort(waiting, row)
+        left.append(row)
+    numbers = np.array(left, np.int64) & ((1 << shift) - 1)
+    offsets = np.concatenate([[0], np.bincount(numbers, minlength=rows - 1).cumsum()])
+    return longest_first[np.argsort(numbers, kind="stable")], offsets
 
 
 def _concatenate(costs: np.ndarray, capacity: int) -> Packs:

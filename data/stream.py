@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from millrace.data.packing import Packs, pack
 from millrace.data.state import SAMPLES, LoaderState, Stage
 
 _WINDOW_BYTES = 16 * 2**20  # a window's expected text; windows of long documents hold fewer samples
+_AHEAD = 2**14  # samples that are looked up together, as many windows as that is
 _ROWS = 3  # purpose of the key that permutes a window's rows
 
 # A planned span is (sample, start, end, cost, bytes): int64 arrays of shape (spans, 5).
@@ -61,7 +63,12 @@ class Window:
         spans = self.packs.spans[begin : offsets[-1]]
         documents = self.documents[spans[:, 0]]
         planned = np.concatenate([documents[:, :1], spans[:, 1:], documents[:, 1:]], axis=1)
-        return np.split(planned, (offsets - begin)[1:-1])
+        return [planned[a:b] for a, b in itertools.pairwise((offsets - begin).tolist())]
+
+    def samples(self, row: int) -> np.ndarray:
+        """Samples of a row's spans."""
+        start, stop = self.packs.offsets[row : row + 2]
+        return self.documents[self.packs.spans[start:stop, 0], 0]
 
 
 class Planner:
@@ -74,6 +81,7 @@ class Planner:
         self._corpus, self._documents, self._mixture = mixture.corpus, documents, mixture
         self._seed, self._once = seed, once
         self._planned: tuple[tuple[Stage, ...], int, Window] | None = None
+        self._found: tuple[tuple[Stage, ...], range, np.ndarray] | None = None
 
     def window(self, stages: tuple[Stage, ...], number: int) -> Window:
         """Plan window `number` of the last stage; without rows when it lies behind the end of a single pass."""
@@ -83,22 +91,37 @@ class Planner:
 
     def _plan(self, stages: tuple[Stage, ...], number: int) -> Window:
         stage, counted = stages[-1], self._corpus.counted
-        start = (number - stage.start_window) * stage.window
-        stop = start + stage.window
-        if self._once:
-            start, stop = min(start, self._corpus.samples), min(stop, self._corpus.samples)
-        samples = self._mixture.samples(stages, start, stop)
-        entries = self._corpus.entries(samples)
+        samples, costs, sizes = self._find(stages, number)
         if stage.sequence_length == SAMPLES:
             costs = np.ones(len(samples), np.int64)
         else:
-            costs = entries.tokens if counted else self._measure(samples)
+            costs = costs if counted else self._measure(samples)
             if self._corpus.media and (long := samples[costs > stage.sequence_length]).size:
                 self._documents.refuse(long, f"costs more positions than a row has ({stage.sequence_length})")
                 costs = np.minimum(costs, stage.sequence_length)
         key = derive_key(self._seed, number, _ROWS)
         packs = pack(costs, stage.sequence_length, stage.pack and counted, key)
-        return Window(np.stack([samples, costs, entries.bytes], axis=1), packs)
+        return Window(np.stack([samples, costs, sizes], axis=1), packs)
+
+    def _find(self, stages: tuple[Stage, ...], number: int) -> np.ndarray:
+        """(sample, cost, bytes) of a window's documents, int64 of shape (3, W).
+
+        Those of the next windows are found with them, each time of twice as many: one search for many costs little more
+        than one for few, but the first step is not to wait for it.
+        """
+        if self._found is None or self._found[0] != stages or number not in self._found[1]:
+            window = stages[-1].window
+            ahead = 2 * len(self._found[1]) if self._found and self._found[1].stop == number else 1
+            windows = range(number, number + max(1, min(ahead, _AHEAD // window)))
+            places = (np.array([windows.start, windows.stop]) - stages[-1].start_window) * window
+            if self._once:
+                places = places.clip(max=self._corpus.samples)
+            samples = self._mixture.samples(stages, *places.tolist())
+            found = np.concatenate([samples[None], self._corpus.lookup(samples, ("tokens", "bytes"))])
+            self._found = stages, windows, found
+        _, windows, found = self._found
+        begin = (number - windows.start) * stages[-1].window
+        return found[:, begin : begin + stages[-1].window]
 
     def _measure(self, samples: np.ndarray) -> np.ndarray:
         """Costs of documents that the manifest did not count: tokenise the whole window, on every rank."""
@@ -200,9 +223,8 @@ class RowStream:
         self._announced, first, batch = now.window, now.packs_done, now.stages[-1].batch
         steps, positions = np.divmod(filled + np.arange(len(plan.packs) - first), batch)
         mine = self.deal.mine(positions) & self._share.mine(now.steps + steps)
-        rows = plan.rows(first, len(plan.packs))
-        spans = [rows[i] for i in np.flatnonzero(mine)]
-        self._documents.expect(np.concatenate([NO_SPANS, *spans])[:, 0])
+        rows = (first + np.flatnonzero(mine)).tolist()
+        self._documents.expect(np.concatenate([NO_SPANS[:, 0], *map(plan.samples, rows)]))
 
     def my_rows(self, step: Step) -> list[list[np.ndarray]]:
         """This rank's rows, a list for each micro-batch."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from millrace.core.errors import UserError
 from millrace.data import index
@@ -34,12 +34,29 @@ def test_the_index_is_cut_into_files_of_a_fixed_number_of_samples(
     corpora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index, "CHUNK", 16)
-    monkeypatch.setattr(index, "_CACHED_CHUNKS", 2)
+    monkeypatch.setattr(index, "_MAPPED_CHUNKS", 2)
     documents = corpora.make_documents(40)
     corpus = corpora.prepare_documents(tmp_path, documents)
-    assert [len(pq.read_table(p)) for p in sorted((corpus / "index").iterdir())] == [16, 16, 8]
+    assert [len(feather.read_table(p)) for p in sorted((corpus / "index").iterdir())] == [16, 16, 8]
     order = np.random.default_rng(0).permutation(40)
     assert Manifest.load(corpus).entries(order).bytes.tolist() == [len(documents[i].encode()) for i in order]
+
+
+def test_index_files_hold_any_values_in_narrow_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "_MAPPED_CHUNKS", 1)
+    random, size = np.random.default_rng(0), index.CHUNK + 100
+    highs = {"at": 2**40, "extent": 2**16, "bytes": 2**31, "tokens": 2**8, "check": 2**63 - 1}
+    columns = {name: random.integers(0, high, size) for name, high in highs.items()}
+    columns["check"] -= 2**62
+    entries = index.Entries(**columns)
+    listed = index.write_index(tmp_path, [entries.part(0, 70), entries.part(70, size)])
+    table = feather.read_table(tmp_path / index.index_file(0, listed[0]))
+    assert [str(kind) for kind in table.schema.types] == ["uint64", "uint16", "uint32", "uint8", "int64"]
+    order = random.permutation(size)
+    opened = index.Index(tmp_path, listed)
+    assert (index.Entries(*opened.lookup(order)).rows() == entries.rows()[order]).all()
+    assert (opened.lookup(order, ("tokens", "check")) == [entries.tokens[order], entries.check[order]]).all()
+    assert all((opened.read(i).rows() == entries.rows()[i * index.CHUNK :][: index.CHUNK]).all() for i in range(2))
 
 
 def test_the_fingerprint_is_of_content_not_of_place(corpora: Any, tmp_path: Path) -> None:
@@ -85,8 +102,8 @@ def index_file(corpus: Path) -> Path:
 
 def swap_index(corpus: Path) -> None:
     path = index_file(corpus)
-    table = pq.read_table(path)
-    pq.write_table(table.take(list(range(1, len(table))) + [0]), path)
+    table = feather.read_table(path, memory_map=False)
+    feather.write_feather(table.take(list(range(1, len(table))) + [0]), path, "uncompressed")
 
 
 @pytest.mark.parametrize(
@@ -97,8 +114,8 @@ def swap_index(corpus: Path) -> None:
         (lambda c: (c / "manifest.json").write_text("{}"), "is not a millrace manifest"),
         (edit(version=1), "has version 1, this release reads 2"),
         (edit(tokenizer="0" * 64), "altered by hand: its fingerprint does not fit"),
-        (lambda c: index_file(c).unlink(), "cannot read the index file .*00000-.*parquet.*put it back"),
-        (swap_index, "the index file .*00000-.*parquet was altered"),
+        (lambda c: index_file(c).unlink(), "cannot read the index file .*00000-.*arrow.*put it back"),
+        (swap_index, "the index file .*00000-.*arrow was altered"),
         (lambda c: index_file(c).write_bytes(b"torn"), "cannot read the index file"),
     ],
 )

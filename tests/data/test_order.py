@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.data.order import Blocks, Growth, Order, derive_key, permute
+from millrace.data.order import Blocks, Growth, Order, derive_key, permutation, permute
 
 
 def make(sizes: list[int], seed: int, shuffle_blocks: int) -> Order:
@@ -19,6 +19,12 @@ SEEDS = st.integers(0, 2**64 - 1)
 def test_permute_is_a_bijection(size: int, key: int) -> None:
     image = permute(np.arange(size), np.array([size]), np.array([key], np.uint64))
     assert sorted(image.tolist()) == list(range(size))
+
+
+@given(st.integers(0, 400), SEEDS)
+def test_a_whole_permutation_equals_its_single_values(size: int, key: int) -> None:
+    one_by_one = permute(np.arange(size), np.array([size]), np.array([key], np.uint64))
+    assert permutation(size, key).tolist() == one_by_one.tolist()
 
 
 @pytest.mark.parametrize("size", [2**31 + 5, 2**40 + 1, 10**15])

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from millrace.core.errors import UserError
 from millrace.data import index
@@ -61,8 +61,8 @@ def test_every_shard_that_differs_is_named(corpus: Path, tmp_path: Path) -> None
 
 
 def swapped(path: Path) -> None:
-    table = pq.read_table(path)
-    pq.write_table(table.take([1, 0, *range(2, len(table))]), path)
+    table = feather.read_table(path, memory_map=False)
+    feather.write_feather(table.take([1, 0, *range(2, len(table))]), path, "uncompressed")
 
 
 @pytest.mark.parametrize("change", [Path.unlink, swapped, lambda path: path.write_bytes(b"torn")])
@@ -79,7 +79,7 @@ def test_an_index_that_was_replaced_as_a_whole_is_found(corpus: Path) -> None:
     """The rows of a file and its hash in manifest.json both altered: the fingerprint is of the rows too."""
     record = json.loads((corpus / "manifest.json").read_text())
     swapped(corpus / "index" / index_file(1, record["index"][1]))
-    entries = to_entries(pq.read_table(corpus / "index" / index_file(1, record["index"][1])))
+    entries = to_entries(feather.read_table(corpus / "index" / index_file(1, record["index"][1])))
     old = corpus / "index" / index_file(1, record["index"][1])
     record["index"][1]["sha256"] = entries.digest()
     old.rename(corpus / "index" / index_file(1, record["index"][1]))
