@@ -10,9 +10,9 @@ Payloads (`peers/payloads.py`): 200k texts of log-normal length and their tokens
 (`peers/environments.py`) and shuffles as its documentation recommends (`peers/arms/`). Every measurement is a fresh
 process; in every round the arms of a group come in a new random order. A cell is MEASURE/MODALITY/STORE/wWORKERS/ARM:
 
-    speed   samples/s and samples per CPU-second of the process tree, between 10% and 70% of the samples that are taken,
-            so that the pipeline is as full at the end as at the beginning; seconds from the start of the process, and
-            from the opening of the stream, to the first batch
+    speed   samples/s and samples per CPU-second of the process tree, between 10% and 70% of the first samples of an
+            epoch, so that the pipeline is as full at the end as at the beginning; seconds from the start of the process,
+            and from the opening of the stream, to the first batch
     memory  peak of the process tree's PSS
     order   one epoch: shuffle quality, what came twice or never; seconds to the first batch of new processes that
             resume at 10, 50 and 90% of it, and what came twice or never over both
@@ -51,8 +51,8 @@ from millrace.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 ARMS = ("ours-parquet", "ours-tar", "ours-mds", "mosaicml", "litdata", "webdataset", "datasets", "ceiling")
 BATCH = {"text": 64, "tokens": 64, "images": 32, "audio": 32}
-# Samples of `speed` and `memory`: an epoch, but of text only as much as an arm tokenises in about ten seconds.
-LIMITS = {"text": 25_000}
+# Samples of `speed` and `memory`: as many as most arms take in about five seconds.
+LIMITS = {"text": 15_000, "tokens": 50_000, "images": 4_000}
 STORES, WORKERS = ("local", "server"), (0, 1, 2)
 # (modalities, stores, workers) of each measure. Text comes in the same order as its tokens.
 CELLS = {

@@ -93,7 +93,7 @@ def _task(arm: Arm, **options: Any) -> Task:
 
 def speed(arm: Arm, limit: int) -> dict[str, Any]:
     """Samples/s, samples per CPU-second and time to first batch."""
-    with Child(arm, _task(arm, limit=limit)) as child:
+    with Child(arm, _task(arm, limit=limit, rates_only=True)) as child:
         found = child.result()
     if "seconds" in found:
         found["samples_per_s"] = found["window_samples"] / found["seconds"]

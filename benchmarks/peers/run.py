@@ -37,6 +37,7 @@ class Task:
     every: int | None = None  # or again and again after so many
     states: str | None = None  # folder of the states
     resume: str | None = None  # a state to continue from
+    rates_only: bool = False  # stop as soon as they are known
     started: float = 0.0  # time.time() of the parent before it started this process
 
 
@@ -107,7 +108,7 @@ def consume(task: Task, stream: Any, state_folder: Path) -> dict[str, float]:
         elif meter and "seconds" not in found and consumed >= WINDOW[1] * task.limit:
             found["seconds"], found["cpu_seconds"] = meter.read()
             found["window_samples"] = consumed - at_start
-        if consumed >= task.limit:
+        if consumed >= task.limit or (task.rates_only and "seconds" in found):
             break
     return found | {"consumed": consumed}
 
