@@ -11,8 +11,8 @@ Payloads (`peers/payloads.py`): 200k texts of log-normal length and their tokens
 process; in every round the arms of a group come in a new random order. A cell is MEASURE/MODALITY/STORE/wWORKERS/ARM:
 
     speed   samples/s and samples per CPU-second of the process tree, between 10% and 70% of the first samples of an
-            epoch, so that the pipeline is as full at the end as at the beginning; seconds from the start of the process,
-            and from the opening of the stream, to the first batch
+            epoch, so that the pipeline is as full at the end as at the beginning; seconds from the start of the
+            process, and from the opening of the stream, to the first batch
     memory  peak of the process tree's PSS
     order   one epoch: shuffle quality, what came twice or never; seconds to the first batch of new processes that
             resume at 10, 50 and 90% of it, and what came twice or never over both
