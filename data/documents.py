@@ -14,6 +14,7 @@ from millrace.core.errors import UserError
 from millrace.data.corpus import Corpus
 from millrace.data.costs import Costs
 from millrace.data.parts import Document, Encoded, Medium, Part, build_part
+from millrace.data.readahead import read_ahead
 from millrace.data.reader import ShardReader
 from millrace.data.tokenizer import Tokenizer
 
@@ -55,6 +56,7 @@ class Documents:
         Media take positions only where documents are `packed`.
         """
         self.reader = ShardReader(corpus)
+        self.read_ahead = read_ahead(self.reader)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="millrace-read")
         self._corpus, self._tokenizer = corpus, tokenizer
         self._costs = Costs.stored(corpus.costs) if packed else None
@@ -119,6 +121,8 @@ class Documents:
 
     def close(self) -> None:
         """End the threads; what is still being read is waited for."""
+        if self.read_ahead:
+            self.read_ahead.close()
         self._pool.shutdown(cancel_futures=True)
 
     def news(self) -> list[dict[str, object]]:

@@ -64,7 +64,17 @@ class Entries:
 
 def to_entries(table: pa.Table) -> Entries:
     """Columns of an index table."""
-    return Entries(*(table.column(name).to_numpy().astype(np.int64) for name in COLUMNS))
+    return Entries(*(_values(table.column(name)).astype(np.int64) for name in COLUMNS))
+
+
+def _values(column: pa.ChunkedArray) -> np.ndarray:
+    """A column as a view.
+
+    By DLPack, since pyarrow's `to_numpy` imports pandas where that is installed, which takes longer than anything else
+    before the first batch.
+    """
+    whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    return np.asarray(np.from_dlpack(whole))
 
 
 def to_table(entries: Entries) -> pa.Table:
@@ -161,7 +171,7 @@ class Index:
             with self._lock:
                 table = self._chunk(chunk)
             for values, name in zip(out, columns, strict=True):
-                values[here] = table.column(name).chunk(0).to_numpy()[row[here]]
+                values[here] = _values(table.column(name))[row[here]]
         return out
 
     def path(self, number: int) -> Path:
@@ -175,7 +185,7 @@ class Index:
             UserError: the file is missing or was altered.
         """
         table = self._open(number)
-        with contextlib.suppress(TypeError, ValueError):  # a flipped bit may change the type of a column
+        with contextlib.suppress(TypeError, ValueError, BufferError):  # a flipped bit may change the type of a column
             entries = to_entries(table)
             if entries.digest() == self.listed[number]["sha256"]:
                 return entries

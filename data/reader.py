@@ -6,8 +6,8 @@ Nothing here depends on how many ranks there are: a rank asks for the documents 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -18,9 +18,10 @@ from millrace.data.corpus import Corpus
 from millrace.data.index import Entries
 from millrace.data.manifest import Manifest
 from millrace.data.sources.base import BadSample, Content, Place, Source, checksum
+from millrace.data.sources.recent import Recent
 from millrace.data.stores.base import Blob, StoreError, open_blob
 
-_OPEN_BLOBS = 128  # shards kept open
+_OPEN_FILE, _OPEN_WEIGHT = 64, 8192  # a local shard that is kept open weighs as much as so many remote ones
 _ALTERED = BadSample("is not what was prepared: its checksum differs; the shard was altered or is damaged")
 
 
@@ -30,7 +31,7 @@ class ShardReader:
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
         self._sources: dict[tuple[Manifest, str], Source] = {}
-        self._blobs: OrderedDict[int, Blob] = OrderedDict()
+        self._blobs: Recent[Blob] = Recent(_OPEN_WEIGHT, lambda blob: _OPEN_FILE if blob.path() else 1)
         self._lock = threading.Lock()
 
     def read(self, samples: np.ndarray) -> dict[int, Content]:
@@ -63,11 +64,21 @@ class ShardReader:
                 )
         return contents
 
+    def opened(self, number: int) -> tuple[Source, Blob]:
+        """What reads shard `number`, and the shard, opened.
+
+        Raises:
+            StoreError: it cannot be opened.
+            UserError: it has another size than the manifest says.
+        """
+        manifest, place = self.corpus.shard(number)
+        return self._source(manifest, manifest.shards[place].kind), self._blob(number)
+
     def _read(self, number: int, entries: Entries, here: np.ndarray) -> list[Content]:
         places = list(zip(entries.at[here].tolist(), entries.extent[here].tolist(), strict=True))
-        manifest, place = self.corpus.shard(number)
+        manifest, _ = self.corpus.shard(number)
         try:
-            return _contents(self._source(manifest, manifest.shards[place].kind), self._blob(number), places)
+            return _contents(*self.opened(number), places)
         except StoreError as error:
             raise UserError(
                 f"cannot read a shard of the manifest {manifest.folder}: {error}; put it back or wait for the store, "
@@ -81,12 +92,11 @@ class ShardReader:
             return self._sources[manifest, kind]
 
     def _blob(self, number: int) -> Blob:
-        """The shard, opened at first use; raises `UserError` where its size is not the manifest's."""
-        with self._lock:
-            blob = self._blobs.get(number)
-            if blob is not None:
-                self._blobs.move_to_end(number)
-                return blob
+        """The shard, opened at first use; closed when the last read of it ends, once it is no more among the recent."""
+        return self._blobs.get(number, partial(self._open, number))
+
+    def _open(self, number: int) -> Blob:
+        """Open a shard; raises `UserError` where its size is not the manifest's."""
         manifest, place = self.corpus.shard(number)
         blob, size = open_blob(manifest.shard_url(place)), manifest.shards[place].size
         if blob.size != size:
@@ -94,17 +104,13 @@ class ShardReader:
                 f"the shard {blob.url} is not the file that {manifest.folder} was prepared from: "
                 f"size {blob.size} (expected {size}); restore it, or run `millrace prepare` into a new folder"
             )
-        with self._lock:
-            self._blobs[number] = blob
-            if len(self._blobs) > _OPEN_BLOBS:
-                self._blobs.popitem(last=False)  # closed when the last read of it ends
         return blob
 
     def _forget(self, number: int) -> None:
         """Read a shard anew from now on, not from what is kept of it in memory or in the cache."""
+        if blob := self._blobs.pop(number):
+            blob.forget()
         with self._lock:
-            if blob := self._blobs.pop(number, None):
-                blob.forget()
             self._sources.clear()
 
 

@@ -14,10 +14,13 @@ from millrace.data.documents import Documents
 from millrace.data.mixture import Mixture
 from millrace.data.order import derive_key
 from millrace.data.packing import Packs, pack
+from millrace.data.readahead import ReadAhead
 from millrace.data.state import SAMPLES, LoaderState, Stage
 
 _WINDOW_BYTES = 16 * 2**20  # a window's expected text; windows of long documents hold fewer samples
-_AHEAD = 2**14  # samples that are looked up together, as many windows as that is
+_FOUND = 2**14  # samples that are looked up together, as many windows as that is
+_AHEAD = 16  # windows planned, but for the present one, at most
+_AHEAD_STEPS = 2  # steps for which windows are read ahead, at least two windows
 _ROWS = 3  # purpose of the key that permutes a window's rows
 
 # A planned span is (sample, start, end, cost, bytes): int64 arrays of shape (spans, 5).
@@ -33,6 +36,8 @@ def window_samples(corpus: Corpus, wanted: int) -> int:
 class Expecting(Protocol):
     """Who is told what will be needed: `Documents`, or nobody that reads."""
 
+    read_ahead: ReadAhead | None
+
     def expect(self, samples: np.ndarray) -> None:
         """Each of `samples` will be taken once."""
 
@@ -42,6 +47,8 @@ class Expecting(Protocol):
 
 class Unread:
     """For plans that nobody builds."""
+
+    read_ahead: ReadAhead | None = None
 
     def expect(self, samples: np.ndarray) -> None:
         """Read nothing."""
@@ -80,14 +87,21 @@ class Planner:
     def __init__(self, documents: Expecting, mixture: Mixture, seed: int, once: bool = False) -> None:
         self._corpus, self._documents, self._mixture = mixture.corpus, documents, mixture
         self._seed, self._once = seed, once
-        self._planned: tuple[tuple[Stage, ...], int, Window] | None = None
+        self._planned: dict[tuple[tuple[Stage, ...], int], Window] = {}
         self._found: tuple[tuple[Stage, ...], range, np.ndarray] | None = None
 
     def window(self, stages: tuple[Stage, ...], number: int) -> Window:
         """Plan window `number` of the last stage; without rows when it lies behind the end of a single pass."""
-        if self._planned is None or self._planned[:2] != (stages, number):
-            self._planned = stages, number, self._plan(stages, number)
-        return self._planned[2]
+        if (stages, number) not in self._planned:
+            if len(self._planned) > _AHEAD:
+                del self._planned[next(iter(self._planned))]
+            self._planned[stages, number] = self._plan(stages, number)
+        return self._planned[stages, number]
+
+    @property
+    def ahead(self) -> bool:
+        """Whether windows can be planned without reading them."""
+        return self._corpus.counted
 
     def _plan(self, stages: tuple[Stage, ...], number: int) -> Window:
         stage, counted = stages[-1], self._corpus.counted
@@ -112,7 +126,7 @@ class Planner:
         if self._found is None or self._found[0] != stages or number not in self._found[1]:
             window = stages[-1].window
             ahead = 2 * len(self._found[1]) if self._found and self._found[1].stop == number else 1
-            windows = range(number, number + max(1, min(ahead, _AHEAD // window)))
+            windows = range(number, number + max(1, min(ahead, _FOUND // window)))
             places = (np.array([windows.start, windows.stop]) - stages[-1].start_window) * window
             if self._once:
                 places = places.clip(max=self._corpus.samples)
@@ -125,6 +139,8 @@ class Planner:
 
     def _measure(self, samples: np.ndarray) -> np.ndarray:
         """Costs of documents that the manifest did not count: tokenise the whole window, on every rank."""
+        if self._documents.read_ahead:
+            self._documents.read_ahead.expect(samples)
         self._documents.expect(samples)
         assert isinstance(self._documents, Documents), "only a plan without documents asks for counted costs"
         found = self._documents.take(samples, None)
@@ -181,10 +197,13 @@ class RowStream:
     ) -> None:
         self.planner, self._documents, self.deal, self._wanted = planner, documents, deal, wanted
         self._share = share or Share()
-        self._announced = -1
+        self._announced = self._fetched = -1  # windows
+        self._follow: tuple[Window, LoaderState, int] | None = None
 
     def step(self, state: LoaderState) -> Step:
         """Plan the step after `state`; steps must be asked for in sequence."""
+        if self._follow:
+            self._ahead(*self._follow)
         rows: list[np.ndarray] = []
         now = self._at_border(state, state.steps) if state.packs_done == 0 else state
         first, ended = now.stages[-1], False
@@ -220,11 +239,41 @@ class RowStream:
     def _announce(self, plan: Window, now: LoaderState, filled: int) -> None:
         if now.window <= self._announced:
             return
-        self._announced, first, batch = now.window, now.packs_done, now.stages[-1].batch
-        steps, positions = np.divmod(filled + np.arange(len(plan.packs) - first), batch)
+        self._announced, self._follow = now.window, (plan, now, filled)
+        mine = self._mine(plan, now.packs_done, now, filled)
+        self._fetch(now.window, mine)
+        self._documents.expect(mine)
+
+    def _mine(self, plan: Window, first: int, now: LoaderState, position: int) -> np.ndarray:
+        """This rank's samples in rows [first, …) of `plan`; the first is row `position` of the step after `now`."""
+        steps, positions = np.divmod(position + np.arange(len(plan.packs) - first), now.stages[-1].batch)
         mine = self.deal.mine(positions) & self._share.mine(now.steps + steps)
         rows = (first + np.flatnonzero(mine)).tolist()
-        self._documents.expect(np.concatenate([NO_SPANS[:, 0], *map(plan.samples, rows)]))
+        return np.asarray(np.concatenate([NO_SPANS[:, 0], *map(plan.samples, rows)]))
+
+    def _ahead(self, plan: Window, now: LoaderState, position: int) -> None:
+        """Let the windows that follow be fetched, though a new stage may yet change them.
+
+        Only when the first step of a window is built: nothing must come before what that needs.
+        """
+        self._follow, room = None, 0.0
+        if not (reading := self._documents.read_ahead) or not self.planner.ahead:
+            return
+        position += len(plan.packs) - now.packs_done
+        far, blocks = _AHEAD_STEPS * self._share.stride * now.stages[-1].batch, now.stages[-1].shuffle_blocks
+        for number in range(now.window + 1, now.window + _AHEAD):
+            plan = self.planner.window(now.stages, number)
+            mine = self._mine(plan, 0, now, position)
+            room += reading.needs(len(mine), blocks)
+            if room > reading.room or (position >= far and number > now.window + 2) or not len(plan.packs):
+                break
+            self._fetch(number, mine)
+            position += len(plan.packs)
+
+    def _fetch(self, window: int, samples: np.ndarray) -> None:
+        if self._documents.read_ahead and window > self._fetched:
+            self._fetched = window
+            self._documents.read_ahead.expect(samples)
 
     def my_rows(self, step: Step) -> list[list[np.ndarray]]:
         """This rank's rows, a list for each micro-batch."""

@@ -69,6 +69,13 @@ class Source(ABC):
             StoreError: as `Blob.read`.
         """
 
+    def ranges(self, blob: Blob, places: np.ndarray) -> np.ndarray:
+        """(offset, length) in `blob`, int64 of shape (n, 2), of what reading `places` (of the same shape) takes.
+
+        So that it can be fetched ahead; none by default. May read from `blob`, and raises as `read` does.
+        """
+        return places[:0]
+
     def block(self, place: Place) -> int:
         """Number of the block that holds `place`: samples of one block are cheap to read together."""
         return place[0]

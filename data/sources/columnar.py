@@ -158,7 +158,9 @@ def _tokens(array: pa.Array) -> Get:
     kind = array.type
     if not ((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)):
         raise TypeError("not a list of integers")
-    at, values = array.offsets.to_numpy(), array.values.fill_null(0).to_numpy(zero_copy_only=False)
+    # By DLPack, and filled only where need be: `to_numpy` and `fill_null` import pandas where that is installed.
+    filled = array.values.fill_null(0) if array.values.null_count else array.values
+    at, values = np.from_dlpack(array.offsets), np.from_dlpack(filled)
     null = array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None
     holes = array.values.is_null().to_numpy(zero_copy_only=False) if array.values.null_count else None
 

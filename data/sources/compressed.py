@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
+
 from millrace.data.sources.base import Content, Place, Sample
 from millrace.data.sources.jsonl import JsonlSource
 from millrace.data.sources.recent import Recent
@@ -48,6 +50,10 @@ class _CompressedJsonl(JsonlSource):
     def read(self, blob: Blob, places: Sequence[Place]) -> list[Content]:
         """Read each line."""
         return super().read(self._plain.of(blob, self.compression), places)
+
+    def ranges(self, blob: Blob, places: np.ndarray) -> np.ndarray:
+        """None: it is decompressed as a whole."""
+        return places[:0]
 
 
 class JsonlGzSource(_CompressedJsonl):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,7 +35,7 @@ from millrace.data.stores.base import Blob
 _MAX_CONFIG = 2**20
 _STEP = 2**16  # offsets read at once
 _BLOCK_BITS = 20  # samples whose offsets share a mebibyte form a block
-_SUFFIXES = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
+_SUFFIXES: dict[str, Literal["gz", "zst"]] = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
 _ENCODINGS = {"text": ("str",), "image": ("jpeg", "png", "bytes"), "audio": ("bytes",), "tokens": ("ndarray",)}
 _TYPES = {8: "u1", 9: "i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "<u8", 65: "<i8"}  # integers of an ndarray
 _NAMED = {np.dtype(code).name: code for code in _TYPES.values()}
@@ -87,16 +87,21 @@ class MdsSource(Source):
         ranges = zip(read_ranges(blob, places), places, strict=True)
         return [_record(raw, layout, place) for raw, place in ranges]
 
+    def ranges(self, blob: Blob, places: np.ndarray) -> np.ndarray:
+        """The header and the places; nothing of a compressed shard, which is decompressed as a whole."""
+        return np.concatenate([[[0, 8]], places]) if self._compression(blob) is None else places[:0]
+
     def block(self, place: Place) -> int:
         """Samples that start in the same mebibyte."""
         return place[0] >> _BLOCK_BITS
 
     def _inflated(self, blob: Blob) -> Blob:
+        compression = self._compression(blob)
+        return self._plain.of(blob, compression) if compression else blob
+
+    def _compression(self, blob: Blob) -> Literal["gz", "zst"] | None:
         name = blob.url.partition("?")[0].lower()
-        for suffix, compression in _SUFFIXES.items():
-            if name.endswith(f".mds{suffix}"):
-                return self._plain.of(blob, compression)  # type: ignore[arg-type]
-        return blob
+        return next((kind for suffix, kind in _SUFFIXES.items() if name.endswith(f".mds{suffix}")), None)
 
     def _layout(self, blob: Blob) -> _Layout:
         return self._layouts.get(blob.url, lambda: _read_layout(blob, self.columns))

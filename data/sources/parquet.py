@@ -7,17 +7,20 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millrace.core.errors import UserError
 from millrace.data.sources.base import BadSample, Content, Place, Sample, Source
 from millrace.data.sources.columnar import Rows, wanted_columns
+from millrace.data.sources.parquet_footer import Extents, ranges_of, read_extents
 from millrace.data.sources.parquet_pages import Pages
 from millrace.data.sources.recent import Recent
 from millrace.data.stores.base import Blob, StoreError
 
 _CACHE_BYTES = 512 * 2**20  # decoded row groups kept: a window visits `shuffle_blocks` of them, over and over
+_BUFFER = 4096  # bytes; pyarrow asks for whole column chunks, and what is read beyond them is read in vain
 _MAX_GROUP = 2**32  # bytes of a row group, decompressed
 _MAX_BATCH = 2**28  # bytes of the rows that a scan decodes together, if each were as long as the dictionary
 
@@ -28,6 +31,7 @@ class ParquetSource(Source):
     def __init__(self, columns: Mapping[str, str]) -> None:
         super().__init__(columns)
         self._groups: Recent[Rows] = Recent(_CACHE_BYTES, lambda rows: rows.nbytes)
+        self._extents: Recent[Extents] = Recent(1024)
 
     def scan(self, blob: Blob) -> Iterator[Sample]:
         """Stream one row group at a time."""
@@ -61,6 +65,15 @@ class ParquetSource(Source):
                 contents += [BadSample(str(error)) for _ in members]
         return contents
 
+    def ranges(self, blob: Blob, places: np.ndarray) -> np.ndarray:
+        """The wanted columns of the row groups, and the footer; none where that cannot be taken apart."""
+        names = [name for role, name in self.columns.items() if role != "bytes"]
+        try:
+            extents = self._extents.get(blob.url, partial(read_extents, blob))
+        except ValueError:
+            return places[:0]
+        return ranges_of(extents, np.unique(places[:, 0]), names, blob.size)
+
     def _group(self, blob: Blob, group: int) -> Rows:
         with _open(blob) as file:
             names = [name for role, name in self.columns.items() if role != "bytes"]
@@ -73,7 +86,7 @@ class ParquetSource(Source):
 
 def _open(blob: Blob) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(blob.open(), pre_buffer=blob.path() is None)
+        file = pq.ParquetFile(blob.open(_BUFFER), pre_buffer=blob.path() is None)
         assert file.schema_arrow.names is not None  # decodes them
         return file
     except StoreError:

@@ -23,7 +23,7 @@ def read_ranges(blob: Blob, places: Sequence[Place]) -> Iterator[memoryview]:
         while last + 1 < len(places) and _near(places[last + 1], start, stop):
             last += 1
             stop = max(stop, sum(places[last]))
-        run = memoryview(blob.read(start, stop - start))
+        run = memoryview(blob.view(start, stop - start))
         for offset, length in places[first : last + 1]:
             yield run[offset - start : offset - start + length]
         first = last + 1

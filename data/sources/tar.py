@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from millrace.core.errors import UserError
 from millrace.data.sources.base import (
     MAX_SAMPLE_BYTES,
@@ -99,6 +101,10 @@ class TarSource(Source):
     def read(self, blob: Blob, places: Sequence[Place]) -> list[Content]:
         """Parse the members in each range; ranges that lie close are read at once."""
         return [self._read(raw, place) for raw, place in zip(read_ranges(blob, places), places, strict=True)]
+
+    def ranges(self, blob: Blob, places: np.ndarray) -> np.ndarray:
+        """The places."""
+        return places
 
     def block(self, place: Place) -> int:
         """Samples that start in the same mebibyte."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from millrace.data.sources.base import MAX_SAMPLE_BYTES, BadSample, Content, Place, Sample, Source, decode
 from millrace.data.stores.base import Blob
 
@@ -21,6 +23,10 @@ class TextSource(Source):
             self._read(blob) if blob.size == size else BadSample(f"the file has {blob.size} bytes, it had {size}")
             for _, size in places
         ]
+
+    def ranges(self, blob: Blob, places: np.ndarray) -> np.ndarray:
+        """The places."""
+        return places
 
     def _read(self, blob: Blob) -> Content:
         if blob.size > MAX_SAMPLE_BYTES:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from millrace.core.registry import lookup
 
+Buffer = bytes | memoryview
+
 
 class StoreError(OSError):
     """A read that failed for a reason of the store's: missing, shorter than it was, not answering. Says which URL."""
@@ -29,6 +31,14 @@ class Blob(ABC):
         Raises:
             StoreError: the range cannot be read, or lies beyond the end.
         """
+
+    def view(self, start: int, length: int) -> Buffer:
+        """As `read`, without the last copy where the store can."""
+        return self.read(start, length)
+
+    def readinto(self, start: int, buffer: memoryview) -> None:
+        """As `read`, as many bytes as `buffer` has."""
+        buffer[:] = self.view(start, len(buffer))
 
     @abstractmethod
     def version(self) -> str:
@@ -82,7 +92,7 @@ class _File(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         count = max(0, min(len(buffer), self._blob.size - self._at))
-        buffer[:count] = self._blob.read(self._at, count) if count else b""
+        self._blob.readinto(self._at, memoryview(buffer)[:count])  # io gives a bytearray too
         self._at += count
         return count
 

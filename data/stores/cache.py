@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, Literal
 
+import numpy as np
+
 from millrace.core.units import fmt_size
-from millrace.data.stores.base import Blob, StoreError
+from millrace.data.stores.base import Blob, Buffer, StoreError
 from millrace.data.stores.local import LocalBlob
 from millrace.data.stores.node import Folder
 
@@ -18,6 +21,7 @@ _RUN = 8  # pages fetched by one request, at most
 _WAIT = 200.0  # seconds for which another process may hold a page's lock, before it is read without the cache
 _INFLATE_WAIT = 3600.0
 _INFLATE_STEP = 8 * 2**20
+_NOTHING = memoryview(bytearray())
 
 
 @lru_cache(maxsize=1)
@@ -48,6 +52,10 @@ class CachedBlob(Blob):
         """The remote's."""
         return self.remote.version()
 
+    def open(self, buffer_size: int = 2**16) -> io.BufferedReader:
+        """As `Blob.open`; the store is asked for pages anyway."""
+        return super().open(buffer_size)
+
     def close(self) -> None:
         """Close the remote; its pages stay."""
         self.remote.close()
@@ -58,44 +66,73 @@ class CachedBlob(Blob):
 
     def read(self, start: int, length: int) -> bytes:
         """Read from pages, and from the store where one is missing; raises as it does."""
-        stop = start + length
+        number, at = divmod(start, PAGE)
+        if 0 < length <= PAGE - at and start >= 0 and start + length <= self.size:
+            part = self._folder.read(self._key, number, self._length(number), (at, at + length))
+            if part is not None:
+                return part
+        return bytes(self.view(start, length))
+
+    def view(self, start: int, length: int) -> Buffer:
+        """As `read`."""
+        self.check_range(start, start + length)
+        buffer = memoryview(bytearray(length))
+        self.readinto(start, buffer)
+        return buffer
+
+    def readinto(self, start: int, buffer: memoryview) -> None:
+        """As `read`."""
+        stop = start + len(buffer)
         self.check_range(start, stop)
-        if not length:
-            return b""
-        first, last = start // PAGE, (stop - 1) // PAGE
-        if first == last and (part := self._page(first, (start - first * PAGE, stop - first * PAGE))) is not None:
-            return part
-        spans = {
-            number: (max(start - number * PAGE, 0), min(stop - number * PAGE, PAGE))
-            for number in range(first, last + 1)
-        }
-        parts: dict[int, Any] = {number: self._page(number, span) for number, span in spans.items()}
-        for run in _runs(number for number, part in parts.items() if part is None):
-            pages = self._fetch(run)
-            if pages is None:
-                return self.remote.read(start, length)
-            for number, page in pages.items():
-                parts[number] = page[slice(*spans[number])]
-        return b"".join(parts.values())
+        numbers = range(start // PAGE, -(-stop // PAGE)) if len(buffer) else range(0)
+        spans = {n: (max(start - n * PAGE, 0), min(stop - n * PAGE, PAGE)) for n in numbers}
+        parts = {n: buffer[n * PAGE + span[0] - start :][: span[1] - span[0]] for n, span in spans.items()}
+        absent = [n for n in numbers if not self._readinto(n, spans[n][0], parts[n])]
+        for run in _runs(absent):
+            fetched = self._fetch(run, _WAIT)
+            if fetched is None:
+                buffer[:] = self.remote.view(start, len(buffer))
+                return
+            for n in run:
+                if n in fetched:
+                    parts[n][:] = fetched[n][slice(*spans[n])]
+                elif not self._readinto(n, spans[n][0], parts[n]):  # evicted as soon as it was there
+                    parts[n][:] = self.remote.view(n * PAGE + spans[n][0], len(parts[n]))
 
-    def _page(self, number: int, span: tuple[int, int] = (0, PAGE)) -> bytes | None:
-        length = min(PAGE, self.size - number * PAGE)
-        return self._folder.read(self._key, number, length, (span[0], min(span[1], length)))
+    def _readinto(self, number: int, start: int, part: memoryview) -> bool:
+        return self._folder.readinto(self._key, number, self._length(number), start, part)
 
-    def _fetch(self, run: range) -> dict[int, Any] | None:
-        """Pages of `run`, from the store if nobody else has added them meanwhile; None if nothing can be cached."""
+    def _length(self, number: int) -> int:
+        return min(PAGE, self.size - number * PAGE)
+
+    def missing(self, ranges: np.ndarray) -> list[range]:
+        """Runs of pages that hold the `ranges`, (offset, length) in rows, and are not here."""
+        first, last = ranges[:, 0] // PAGE, (ranges.sum(axis=1) - 1).clip(0, self.size - 1) // PAGE
+        wide = [np.arange(a, b) for a, b in zip(first, last, strict=True) if b > a]
+        numbers = np.unique(np.concatenate([last, *wide]))
+        return list(_runs(n for n in numbers.tolist() if not self._folder.has(self._key, n)))
+
+    def fetch(self, run: range) -> None:
+        """Bring pages here, unless another reader is about to; raises as the store does."""
+        self._fetch(run, 0.0)
+
+    def _fetch(self, run: range, wait: float) -> dict[int, Buffer] | None:
+        """Fetch pages of `run` that nobody has added meanwhile, by requests of all that lie side by side.
+
+        None if nothing can be cached, or others hold them for longer than `wait` seconds.
+        """
         what = f"{self.url} (bytes {run.start * PAGE} to {run.stop * PAGE}, which another reader of this node fetches)"
-        with self._folder.locked(self._key, run, _WAIT, what) as held:
+        fetched: dict[int, Buffer] = {}
+        with self._folder.locked(self._key, run, wait, what) as held:
             if not held:
                 return None
-            pages: dict[int, Any] = {number: self._page(number) for number in run}
-            for missing in _runs(number for number, page in pages.items() if page is None):
+            for missing in _runs(n for n in run if not self._readinto(n, 0, _NOTHING)):
                 start = missing.start * PAGE
-                data = memoryview(self.remote.read(start, min(missing.stop * PAGE, self.size) - start))
+                data = memoryview(self.remote.view(start, min(missing.stop * PAGE, self.size) - start))
                 for number in missing:
-                    pages[number] = page = data[number * PAGE - start :][:PAGE]
+                    fetched[number] = page = data[number * PAGE - start :][:PAGE]
                     self._folder.add(self._key, number, page)
-        return pages
+        return fetched
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[range]:
@@ -127,6 +164,10 @@ class _InflatedBlob(LocalBlob):
         self._folder.forget(self._key)
 
 
+class _DamagedError(StoreError):
+    """What was read cannot be decompressed."""
+
+
 def inflate(blob: Blob, compression: Literal["gz", "zst"], max_bytes: int, folder: Folder | None = None) -> Blob:
     """The decompressed content of `blob`, written into the cache once per node, in bounded memory.
 
@@ -143,7 +184,12 @@ def inflate(blob: Blob, compression: Literal["gz", "zst"], max_bytes: int, folde
             return found
         if not held:
             raise StoreError(f"cannot decompress {blob.url}: {folder.root} cannot be written; set MILLRACE_CACHE")
-        return _write_inflated(blob, compression, max_bytes, folder)
+        try:
+            return _write_inflated(blob, compression, max_bytes, folder)
+        except _DamagedError:
+            if blob.path() is not None:
+                raise
+            return _write_inflated(blob, compression, max_bytes, folder)  # it may have been damaged on the way
 
 
 def _open_inflated(blob: Blob, folder: Folder, key: str) -> Blob | None:
@@ -205,4 +251,4 @@ def _next(stream: Any, blob: Blob) -> bytes:
     except StoreError:
         raise
     except OSError as error:
-        raise StoreError(f"{blob.url} cannot be decompressed: {error}") from None
+        raise _DamagedError(f"{blob.url} cannot be decompressed: {error}") from None

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,34 @@ _SUM = 2**62  # the byte of the lock file that guards its content
 _LAST = 2**_NUMBERS - 1
 _TRAILER = 8
 _VERIFIED = 2**16  # entries remembered as sound
+_OPEN, _OPEN_SHARE = 64, 2**23  # entries kept open: so many, and at most one for so many bytes of the limit
 _OFF = 60.0  # seconds without the cache after it could not be written
 _TOUCH = 60.0  # seconds between two records of an entry's use
+
+
+class _Entry:
+    """An entry that was found sound, open until the last thread drops it."""
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+    def use(self) -> bool:
+        """Record the use of it; False where it was removed from the folder meanwhile."""
+        status = os.fstat(self._fd)
+        if time.time() - status.st_mtime > _TOUCH:
+            _touch(self._fd)
+        return status.st_nlink > 0
+
+    def read(self, start: int, length: int) -> bytes:
+        return os.pread(self._fd, length, start)
+
+    def readinto(self, start: int, buffer: memoryview) -> bool:
+        return os.preadv(self._fd, [buffer], start) == len(buffer)
 
 
 class Folder:
@@ -47,6 +74,8 @@ class Folder:
         self.limit = 0 if given is None else parse_size(given)
         self._complained, self._off_until = False, 0.0
         self._verified: dict[str, int] = {}
+        self._open: dict[str, _Entry] = {}
+        self._opening = threading.Lock()
         try:
             self._make()
             if given is None:
@@ -63,6 +92,7 @@ class Folder:
     def complain(self, error: OSError) -> None:
         """Keep nothing for a minute, and say so once."""
         self._off_until = time.monotonic() + _OFF
+        self._open = {}  # removed entries give their space back
         if not self._complained:
             self._complained = True
             why = error.strerror or error
@@ -76,30 +106,63 @@ class Folder:
 
     def read(self, key: str, number: int, length: int, span: tuple[int, int]) -> bytes | None:
         """Bytes [start, stop) of an entry of `length` bytes that `add` wrote; None if it is not there or damaged."""
+        try:
+            entry = self._entry(key, number, length)
+            data = entry.read(span[0], span[1] - span[0]) if entry else b""
+        except OSError:
+            return None
+        return data if entry and len(data) == span[1] - span[0] else None
+
+    def readinto(self, key: str, number: int, length: int, start: int, buffer: memoryview) -> bool:
+        """As `read`, from `start` on into `buffer`; False where `read` gives None."""
+        try:
+            entry = self._entry(key, number, length)
+            return entry is not None and entry.readinto(start, buffer)
+        except OSError:
+            return False
+
+    def has(self, key: str, number: int) -> bool:
+        """Whether an entry is there, sound or not."""
         path = self.path(key, number)
+        return path in self._open or os.path.exists(path)
+
+    def _entry(self, key: str, number: int, length: int) -> _Entry | None:
+        """An entry that is in the folder and sound; a damaged one is removed."""
+        path = self.path(key, number)
+        entry = self._open.get(path)
+        if entry is not None:
+            if entry.use():
+                return entry
+            self._open.pop(path, None)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
-        try:
-            status = os.fstat(fd)
-            if time.time() - status.st_mtime > _TOUCH:
-                _touch(fd)
-            if self._verified.get(path) == status.st_ino and status.st_size == length + _TRAILER:
-                data = os.pread(fd, span[1] - span[0], span[0])
-                return data if len(data) == span[1] - span[0] else None
-            whole = os.pread(fd, length + _TRAILER, 0)
+        entry = _Entry(fd)
+        status = os.fstat(fd)
+        if self._verified.get(path) != status.st_ino or status.st_size != length + _TRAILER:
+            whole = os.pread(fd, length + _TRAILER + 1, 0)
             if len(whole) != length + _TRAILER or whole[length:] != _digest(memoryview(whole)[:length], number):
                 os.unlink(path)
                 return None
-            if len(self._verified) >= _VERIFIED:
-                self._verified.clear()
-            self._verified[path] = status.st_ino
-            return whole[span[0] : span[1]]
-        except OSError:
-            return None
-        finally:
-            os.close(fd)
+            self._remember(path, status.st_ino)
+        entry.use()
+        self._keep_open(path, entry)
+        return entry
+
+    def _remember(self, path: str, inode: int) -> None:
+        if len(self._verified) >= _VERIFIED:
+            self._verified.clear()
+        self._verified[path] = inode
+
+    def _keep_open(self, path: str, entry: _Entry) -> None:
+        """Drop the oldest instead: what was evicted takes space for as long as it is open."""
+        with self._opening:
+            self._open.pop(path, None)
+            while len(self._open) >= max(1, min(_OPEN, self.limit // _OPEN_SHARE)):
+                del self._open[next(iter(self._open))]
+            if self.limit >= _OPEN_SHARE:
+                self._open[path] = entry
 
     def add(self, key: str, number: int, data: bytes | memoryview) -> None:
         """Keep an entry; the caller holds its lock."""
@@ -112,6 +175,7 @@ class Folder:
                 reserved = size
                 file.write(data)
                 file.write(_digest(data, number))
+                self._remember(self.path(key, number), os.fstat(file.fileno()).st_ino)
             self.publish(temporary, key, number)
         except OSError as error:
             self.give_up(key, reserved, number)
@@ -137,6 +201,8 @@ class Folder:
     def forget(self, key: str) -> None:
         """Remove all entries of a key."""
         folder, freed = os.path.dirname(self.path(key)), 0
+        with self._opening:
+            self._open = {path: entry for path, entry in self._open.items() if key not in path}
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith(key):
@@ -194,7 +260,7 @@ class Folder:
                     time.sleep(pause)
                     if _try_lock(fd, numbers):
                         return True
-                    pause = min(0.02, pause * 1.5)
+                    pause = min(0.005, pause * 1.5)
         except OSError as error:
             self.complain(error)
         return False

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from millrace.data.stores.base import Blob, StoreError, scheme_of
+from millrace.data.stores.base import Blob, Buffer, StoreError, scheme_of
 from millrace.data.stores.guard import LinkLocal, refuse_link_local
 from millrace.data.stores.waiting import PATIENCE, Patience, Transient, persist
 
@@ -44,12 +44,16 @@ class RemoteBlob(Blob):
 
     def read(self, start: int, length: int) -> bytes:
         """Read by one request, made again for as long as `patience` lasts."""
+        return bytes(self.view(start, length))
+
+    def view(self, start: int, length: int) -> Buffer:
+        """As `read`, in the buffer of the client: a copy costs more than the request."""
         stop = start + length
         self.check_range(start, stop)
         if not length:
             return b""
 
-        def attempt(end: float) -> bytes:
+        def attempt(end: float) -> Buffer:
             data = self._attempt(start, stop, end)
             if len(data) != length:
                 raise Transient(f"got {len(data)} of {length} bytes", answered=True)
@@ -58,7 +62,7 @@ class RemoteBlob(Blob):
         return persist(attempt, f"{self.url} (bytes {start} to {stop})", self.host, self.patience)
 
     @abstractmethod
-    def _attempt(self, start: int, stop: int, end: float) -> bytes:
+    def _attempt(self, start: int, stop: int, end: float) -> Buffer:
         """Bytes [start, stop), by one request that is over at `end` (monotonic clock).
 
         Raises:
@@ -87,16 +91,16 @@ class ObjectBlob(RemoteBlob):
         """The ETag, or the time of the last change where there is none."""
         return str(self._etag or self._modified)
 
-    def _attempt(self, start: int, stop: int, end: float) -> bytes:
+    def _attempt(self, start: int, stop: int, end: float) -> Buffer:
         return _judged(lambda: self._get(start, stop), self.url)
 
-    def _get(self, start: int, stop: int) -> bytes:
+    def _get(self, start: int, stop: int) -> Buffer:
         import obstore
 
         result = obstore.get(self._store, self._key, options={"range": (start, stop), "if_match": self._etag})
         if (result.meta["size"], result.meta["e_tag"]) != (self.size, self._etag):
             raise self._changed()
-        return result.bytes().to_bytes()
+        return memoryview(result.bytes())
 
 
 def split_url(url: str) -> tuple[str, str]:

@@ -250,6 +250,15 @@ def test_what_passes_changes_nothing_in_any_format(kind: str, place: Any, undist
     assert consume(load(corpus.folder)) == undisturbed(kind)
 
 
+@pytest.mark.parametrize("request_number", range(7))
+def test_a_compressed_file_that_is_damaged_on_the_way_is_read_once_more(
+    request_number: int, place: Any, undisturbed: Any, server: Any
+) -> None:
+    corpus = place("jsonl.gz", "http")
+    server.fault = lambda number, path: "flip" if number == request_number else ""
+    assert consume(load(corpus.folder)) == undisturbed("jsonl.gz")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_slow_store(workers: int, place: Any, undisturbed: Any, server: Any) -> None:
     corpus = place("parquet", "http")

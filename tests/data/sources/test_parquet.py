@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from millrace.core.errors import UserError
 from millrace.data.sources import parquet
 from millrace.data.sources.base import MAX_SAMPLE_BYTES, BadSample
-from millrace.data.sources.parquet_pages import _DAMAGED, Pages, _struct
+from millrace.data.sources.parquet_pages import Pages
+from millrace.data.sources.thrift import DAMAGED, read_struct
 from millrace.data.stores.local import LocalBlob
 from tests.data.sources.check import Remote, agree, cut_everywhere, fails, make, scan
 
@@ -103,8 +104,8 @@ def test_pages_are_those_that_pyarrow_reads(tmp_path: Path, version: str, dictio
 
 @given(st.binary(max_size=60))
 def test_any_bytes_are_a_struct_or_damaged(raw: bytes) -> None:
-    with contextlib.suppress(*_DAMAGED):
-        _, stop = _struct(raw, 0)
+    with contextlib.suppress(*DAMAGED):
+        _, stop = read_struct(raw, 0)
         assert 0 < stop <= len(raw)
 
 

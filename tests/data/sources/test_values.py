@@ -54,7 +54,7 @@ class _Bytes:
     def __init__(self, raw: bytes) -> None:
         self.raw, self.requests = raw, 0
 
-    def read(self, start: int, length: int) -> bytes:
+    def view(self, start: int, length: int) -> bytes:
         self.requests += 1
         return self.raw[start : start + length]
 
