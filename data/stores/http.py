@@ -98,7 +98,8 @@ class HttpBlob(RemoteBlob):
         except urllib3.exceptions.HTTPError as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise StoreError(f"cannot read {self.url}: {error}") from None
-            raise Transient(str(error)) from None
+            connected = isinstance(error, urllib3.exceptions.ReadTimeoutError | urllib3.exceptions.ProtocolError)
+            raise Transient(str(error), answered=connected) from None
 
     def _answer(self, url: str, response: urllib3.BaseHTTPResponse, span: tuple[int, int], end: float) -> HttpAnswer:
         headers = response.headers

@@ -204,7 +204,8 @@ def _judged(request: Callable[[], T], url: str) -> T:
             raise Transient(f"no credentials in the environment or from the machine; {_credentials(url)}") from None
         if _HOPELESS.search(text):
             raise StoreError(f"cannot read {url}: {_reason(error)}") from None
-        raise Transient(_reason(error), answered="status code" in text or "Interrupted" in text) from None
+        connected = re.search(r"status code|kind: (Interrupted|Timeout)", text) and "ConnectError" not in text
+        raise Transient(_reason(error), answered=bool(connected)) from None
     except (exceptions.BaseError, ValueError) as error:
         raise StoreError(f"cannot read {url}: {_reason(error)}") from None
 

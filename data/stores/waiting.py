@@ -22,7 +22,7 @@ class Patience:
 
     stall: float = 30.0  # without a byte, before the attempt is given up and made again
     deadline: float = 180.0  # for a read with all its attempts
-    unknown: float = 20.0  # the same for a host that has not answered yet: rather misspelt than down
+    unknown: float = 20.0  # the same for a host that has taken no connection yet: rather misspelt than down
     pause: float = 0.1  # before the second attempt, then doubled
     longest_pause: float = 10.0
 
@@ -31,7 +31,11 @@ PATIENCE = Patience()
 
 
 class Transient(Exception):
-    """An attempt failed in a way that may pass; `pause` is how long the store asks to be left alone, in seconds."""
+    """An attempt failed in a way that may pass.
+
+    `answered`: the host is there, as it took the connection at least. `pause`: how long it asks to be left alone, in
+    seconds.
+    """
 
     def __init__(self, why: str, *, answered: bool = False, pause: float = 0.0) -> None:
         super().__init__(why)
@@ -84,15 +88,14 @@ def persist(attempt: Callable[[float], T], what: str, host: str, patience: Patie
     start = time.monotonic()
     with waiting(what) as wait:
         for tries in itertools.count(1):
-            end = start + (patience.deadline if host in _answered else min(patience.deadline, patience.unknown))
             try:
-                result = attempt(end)
+                result = attempt(start + _allowed(host, patience))
             except Transient as error:
                 if error.answered:
                     _answered.add(host)
                 pause = min(patience.longest_pause, patience.pause * 2 ** min(tries - 1, 30)) * _jitter.uniform(0.5, 1)
                 pause = max(pause, error.pause)
-                if time.monotonic() + pause >= end:
+                if time.monotonic() + pause >= start + _allowed(host, patience):
                     passed = time.monotonic() - start
                     raise StoreError(f"cannot read {what}: {error}; tried {tries} times in {passed:.1f} s") from None
                 wait.note = f" (attempt {tries}: {error})"
@@ -101,3 +104,7 @@ def persist(attempt: Callable[[float], T], what: str, host: str, patience: Patie
                 _answered.add(host)
                 return result
     raise AssertionError
+
+
+def _allowed(host: str, patience: Patience) -> float:
+    return patience.deadline if host in _answered else min(patience.deadline, patience.unknown)

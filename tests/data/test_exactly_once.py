@@ -200,6 +200,7 @@ def test_killed_at_random_moments(folders: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_at_two_hundred_random_moments(folders: list[str], tmp_path: Path) -> None:
     began = time.monotonic()
     survive(folders, tmp_path, kills=200, steps=100_000)

@@ -437,6 +437,19 @@ def test_a_store_that_comes_late(
     assert workers or (f"; reading: {corpus.base}/" in said and "Connection refused" in said)  # they start slowly
 
 
+@pytest.mark.parametrize("store", ["http", "s3"])
+def test_a_store_that_takes_the_connection_and_comes_late(
+    store: str, place: Any, undisturbed: Any, haste: Any, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker may meet a store for the first time while that stalls: it is there, so it is not misspelt."""
+    haste(stall=0.4, unknown=0.3, deadline=6)
+    monkeypatch.setattr(waiting, "_answered", set())
+    server.fault = gate = Gate()
+    corpus = place("parquet", store)
+    gate.close(1)
+    assert consume(load(corpus.folder)) == undisturbed("parquet")
+
+
 def test_a_store_that_does_not_come(haste: Any, made: Any, tmp_path: Path, server: Any) -> None:
     haste(unknown=0.3)
     corpus = Corpus(made("parquet"), "parquet", "http", tmp_path, server)
