@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from millrace.data.batch import IGNORED, Media, MicroBatch, SampleBatch, StepBatch, to_spans
-from millrace.data.documents import Documents
+from millrace.data.documents import Documents, Taken
 from millrace.data.frames import Frame
-from millrace.data.parts import Document
 from millrace.data.state import LoaderState
 
 if TYPE_CHECKING:
@@ -29,55 +28,65 @@ def pack_rows(rows: Sequence[np.ndarray], documents: Documents, eos_id: int, seq
         `media_at`: (row, start, positions) of every medium, int64 of shape (M, 3), and each as `image/N` or `audio/N`.
     """
     planned = np.concatenate(list(rows))
-    found = documents.take(planned[:, 0], planned[:, 3])
-    media: list[tuple[int, int, int]] = []
-    arrays: Arrays = {}
-    pad = np.full(sequence_length, eos_id, np.int32)
-    untold = np.full(sequence_length, IGNORED, np.int32)
-    counting = np.arange(sequence_length, dtype=np.int32)
-    inputs, labels, positions = [], [], []  # pieces of the rows, end to end
-    for number, row in enumerate(rows):
-        at = 0
-        for sample, start, end, _, _ in row.tolist():
-            length, document = end - start, found[sample]
-            target = untold[:length]
-            if document is not None:
-                target = document.tokens[start + 1 : end + 1]
-                if document.media:
-                    assert start == 0, "a sample with media is never cut"
-                    target = target.copy()
-                    for medium in document.media:
-                        target[medium.start - 1 :][: medium.positions] = IGNORED  # nothing there to predict
-                        arrays[f"{medium.role}/{len(media)}"] = medium.value
-                        media.append((number, at + medium.start, medium.positions))
-            inputs.append(pad[:length] if document is None else document.tokens[start:end])
-            labels.append(target)
-            positions.append(counting[:length])
-            at += length
-        for pieces, fill in ((inputs, pad), (labels, untold), (positions, counting)):
-            pieces.append(fill[: sequence_length - at])
-    for name, pieces in (("inputs", inputs), ("labels", labels), ("positions", positions)):
-        arrays[name] = np.concatenate(pieces).reshape(len(rows), sequence_length)
-    arrays["row_spans"] = planned[:, :3]
-    arrays["offsets"] = np.cumsum([0, *(len(row) for row in rows)])
-    arrays["media_at"] = np.array(media, np.int64).reshape(-1, 3)
+    ends = np.concatenate([[0], np.cumsum(planned[:, 2] - planned[:, 1])])  # of spans, all rows end to end
+    offsets = np.cumsum([0, *(len(row) for row in rows)])
+    inputs, labels = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.int32)
+    arrays: Arrays = {"row_spans": planned[:, :3], "offsets": offsets}
+    media_at: list[tuple[int, int, int]] = []
+    for first, stop in _windows(planned):
+        spans, at = planned[first:stop], ends[first : stop + 1]
+        taken = documents.take(int(spans[0, 5]), spans[:, 0], spans[:, 3])
+        here = slice(at[0], at[-1])
+        _copy(taken, spans, at - at[0], inputs[here], labels[here])
+        for number in np.flatnonzero(~taken.good).tolist():
+            inputs[at[number] : at[number + 1]], labels[at[number] : at[number + 1]] = eos_id, IGNORED
+        for number, media in taken.media.items():
+            assert spans[number, 1] == 0, "a sample with media is never cut"
+            row = int(np.searchsorted(offsets, first + number, side="right")) - 1
+            for medium in media if taken.good[number] else ():
+                begin = int(at[number]) + medium.start
+                labels[begin - 1 :][: medium.positions] = IGNORED  # nothing there to predict
+                arrays[f"{medium.role}/{len(media_at)}"] = medium.value
+                media_at.append((row, begin - int(ends[offsets[row]]), medium.positions))
+    arrays["media_at"] = np.array(media_at, np.int64).reshape(-1, 3)
+    within = np.arange(ends[-1]) - ends[:-1].repeat(np.diff(ends))
+    room = np.arange(sequence_length, dtype=np.int32) - np.diff(ends[offsets])[:, None]  # positions of the padding
+    for name, values, fill in (("inputs", inputs, eos_id), ("labels", labels, IGNORED), ("positions", within, room)):
+        arrays[name] = np.empty(room.shape, np.int32)
+        arrays[name][:] = fill
+        arrays[name][room < 0] = values
     return arrays
+
+
+def _windows(planned: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Runs [first, stop) of spans of one window."""
+    borders = np.flatnonzero(np.diff(planned[:, 5])) + 1
+    return itertools.pairwise([0, *borders.tolist(), len(planned)] if len(planned) else [])
+
+
+def _copy(taken: Taken, spans: np.ndarray, ends: np.ndarray, inputs: np.ndarray, labels: np.ndarray) -> None:
+    """Tokens of spans, end to end up to `ends`, and those that follow each; anything where a document is not good."""
+    begins = taken.starts + spans[:, 1]
+    at = np.arange(ends[-1]) + (begins - ends[:-1]).repeat(np.diff(ends))
+    np.take(taken.tokens, at, mode="clip", out=inputs)
+    labels[:-1] = inputs[1:]
+    labels[ends[1:] - 1] = np.take(taken.tokens, taken.starts + spans[:, 2], mode="clip")
 
 
 def stack_samples(rows: Sequence[np.ndarray], documents: Documents) -> Arrays:
     """Arrays of rows that are one sample each: `samples`, `good` (both (rows,)) and each value as `ROLE/ROW`."""
-    samples = np.array([row[0, 0] if len(row) else -1 for row in rows], np.int64)
-    there = samples[samples >= 0]
-    found: dict[int, Document | None] = documents.take(there, None) | {-1: None}
-    arrays: Arrays = {}
-    for number, sample in enumerate(samples.tolist()):
-        document = found[sample]
-        if document is not None:
-            arrays |= {f"{medium.role}/{number}": medium.value for medium in document.media}
-            if document.text:
-                arrays[f"tokens/{number}"] = document.tokens[document.text :]
-    good = np.array([found[sample] is not None for sample in samples.tolist()])
-    return arrays | {"samples": samples, "good": good}
+    arrays: Arrays = {"samples": np.full(len(rows), -1), "good": np.zeros(len(rows), bool)}
+    planned, there = np.concatenate(list(rows)), [number for number, row in enumerate(rows) if len(row)]
+    for first, stop in _windows(planned):
+        here, samples = there[first:stop], planned[first:stop, 0]
+        taken = documents.take(int(planned[first, 5]), samples, None)
+        arrays["samples"][here], arrays["good"][here] = samples, taken.good
+        for number in np.flatnonzero(taken.good).tolist():
+            media, begin, row = taken.media.get(number, ()), int(taken.starts[number]), here[number]
+            arrays |= {f"{medium.role}/{row}": medium.value for medium in media}
+            text = 1 + sum(medium.positions for medium in media)
+            arrays[f"tokens/{row}"] = taken.tokens[begin + text : begin + int(taken.lengths[number])]
+    return arrays
 
 
 def to_micro_batch(arrays: Mapping[str, np.ndarray], first: int = 0, stop: int | None = None) -> MicroBatch:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
 from millrace.core.errors import UserError
 from millrace.data.corpus import Corpus
 from millrace.data.costs import Costs
-from millrace.data.parts import Document, Encoded, Medium, Part, build_part
+from millrace.data.parts import Encoded, Medium, Part, build_part, join_parts
 from millrace.data.readahead import read_ahead
 from millrace.data.reader import ShardReader
 from millrace.data.tokenizer import Tokenizer
@@ -21,28 +22,35 @@ from millrace.data.tokenizer import Tokenizer
 _READ_TOGETHER = 256  # samples that a thread reads at a time
 
 
-class _Held:
-    """Sample number `place` of a part, and how often it will still be taken."""
+class _Shelf:
+    """Samples that were announced for a window, and how often they will still be taken."""
 
-    __slots__ = ("place", "reading", "uses")
-
-    def __init__(self, reading: _Reading, place: int) -> None:
-        self.reading, self.place, self.uses = reading, place, 0
-
-
-class _Reading:
-    """A part that a thread reads."""
-
-    def __init__(self, future: Future[Part]) -> None:
-        self._future: Future[Part] | None = future
+    def __init__(self, samples: np.ndarray, uses: int, reading: list[Future[Part]]) -> None:
+        """`samples`: unique, ascending; `reading`: parts of them, in their order."""
+        self.samples, self.uses = samples, uses
+        self._reading: list[Future[Part]] = reading
         self._part: Part | None = None
 
     def part(self) -> Part:
-        """Wait for it; raises what the thread raised."""
+        """Wait for all of it; raises what a thread raised."""
         if self._part is None:
-            assert self._future is not None
-            self._part, self._future = self._future.result(), None
+            self._part = join_parts([reading.result() for reading in self._reading])
+            self._reading = []
         return self._part
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Documents: number n is `tokens[starts[n] : starts[n] + lengths[n]]` with `media[n]`, where it is `good`.
+
+    [BOS] media text [EOS]: int32, as many as its cost and one more, with [EOS] at the positions of media.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    good: np.ndarray
+    media: dict[int, tuple[Medium, ...]]
 
 
 class Documents:
@@ -61,63 +69,55 @@ class Documents:
         self._corpus, self._tokenizer = corpus, tokenizer
         self._costs = Costs.stored(corpus.costs) if packed else None
         self._budget = max(10, corpus.samples // 1000) if max_bad is None else max_bad
-        self._held: dict[int, _Held] = {}
+        self._shelves: dict[int, _Shelf] = {}
         self._bad: dict[int, str] = {}
         self._refused: dict[int, str] = {}
         self._news: list[dict[str, object]] = []
 
-    def expect(self, samples: np.ndarray) -> None:
-        """Announce that each of `samples` (with repetitions) will be taken once; begin to read the new ones."""
-        unique, uses = np.unique(samples, return_counts=True)
-        new = unique[[sample not in self._held for sample in unique.tolist()]]
-        for part in np.split(new, range(_READ_TOGETHER, len(new), _READ_TOGETHER)):
-            reading = _Reading(self._pool.submit(self._read, part))
-            self._held |= {sample: _Held(reading, place) for place, sample in enumerate(part.tolist())}
-        for sample, count in zip(unique.tolist(), uses.tolist(), strict=True):
-            self._held[sample].uses += count
+    def expect(self, window: int, samples: np.ndarray) -> None:
+        """Announce that each of `samples` (with repetitions) will be taken once for `window`; begin to read them."""
+        if not len(samples):
+            return
+        unique = np.unique(samples)
+        parts = np.split(unique, range(_READ_TOGETHER, len(unique), _READ_TOGETHER))
+        reading = [self._pool.submit(self._read, part) for part in parts]
+        self._shelves[window] = _Shelf(unique, len(samples), reading)
 
     def _read(self, samples: np.ndarray) -> Part:
-        contents = self.reader.read(samples)
-        return build_part([contents[sample] for sample in samples.tolist()], self._tokenizer, self._costs)
+        return build_part(self.reader.read(samples), self._tokenizer, self._costs)
 
-    def take(self, samples: np.ndarray, costs: np.ndarray | None) -> dict[int, Document | None]:
-        """Documents of `samples`, announced before; None for a bad one.
+    def take(self, window: int, samples: np.ndarray, costs: np.ndarray | None) -> Taken:
+        """Documents of `samples`, announced for `window` before.
 
         `costs` are the planned costs (None: any length will do).
 
         Raises:
             UserError: more bad samples than the budget allows.
         """
-        numbers = samples.tolist()
-        media, broken = self._decode(dict.fromkeys(numbers)) if self._corpus.media else ({}, {})
-        taken: dict[int, Document | None] = {}
-        for sample, cost in zip(numbers, numbers if costs is None else costs.tolist(), strict=True):
-            held = self._held[sample]
-            if sample not in taken:
-                part = held.reading.part()
-                tokens = part.document(held.place)
-                why = self._bad.get(sample) or self._refused.get(sample) or part.bad.get(held.place)
-                why = why or broken.get(sample)
-                if not why and costs is not None and len(tokens) - 1 != cost:
-                    why = f"costs {len(tokens) - 1} positions, the manifest says {cost}"
-                if why:
-                    self._quarantine(sample, why)
-                taken[sample] = None if why else Document(tokens, media.get(sample, ()))
-            held.uses -= 1
-            if held.uses == 0:
-                del self._held[sample]
-        return taken
+        shelf = self._shelves[window]
+        part, places = shelf.part(), np.searchsorted(shelf.samples, samples)
+        starts, lengths = part.offsets[places], np.diff(part.offsets)[places]
+        good = (lengths > 0) if costs is None else (lengths - 1 == costs)
+        media, broken = self._decode(part, places) if part.media else ({}, {})
+        if unfit := self._bad.keys() | self._refused.keys() | {int(shelf.samples[place]) for place in broken}:
+            good &= [sample not in unfit for sample in samples.tolist()]
+        for number in np.flatnonzero(~good).tolist():
+            sample, place = int(samples[number]), int(places[number])
+            why = self._refused.get(sample) or part.bad.get(place) or broken.get(place)
+            planned = None if costs is None else costs[number]
+            self._quarantine(sample, why or f"costs {lengths[number] - 1} positions, the manifest says {planned}")
+        shelf.uses -= len(samples)
+        if shelf.uses == 0:
+            del self._shelves[window]
+        found = {n: media[place] for n, place in enumerate(places.tolist()) if place in media} if media else {}
+        return Taken(part.tokens, starts, lengths, good, found)
 
-    def _decode(self, samples: Iterable[int]) -> tuple[dict[int, tuple[Medium, ...]], dict[int, str]]:
-        """Media of `samples`, decoded in threads, and why those of others cannot be."""
-        encoded: dict[int, list[Encoded]] = {}
-        for sample in samples:
-            held = self._held[sample]
-            if found := held.reading.part().media.get(held.place):
-                encoded[sample] = found
+    def _decode(self, part: Part, places: np.ndarray) -> tuple[dict[int, tuple[Medium, ...]], dict[int, str]]:
+        """Media at `places`, decoded in threads, and why those at others cannot be."""
+        encoded = {place: part.media[place] for place in places.tolist() if place in part.media}
         decoded = dict(zip(encoded, self._pool.map(_decode, encoded.values()), strict=True))
-        media = {sample: one for sample, one in decoded.items() if not isinstance(one, str)}
-        return media, {sample: one for sample, one in decoded.items() if isinstance(one, str)}
+        media = {place: one for place, one in decoded.items() if not isinstance(one, str)}
+        return media, {place: one for place, one in decoded.items() if isinstance(one, str)}
 
     def close(self) -> None:
         """End the threads; what is still being read is waited for."""

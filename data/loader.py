@@ -220,5 +220,5 @@ def _tokenizer_of(config: DataConfig) -> str | None:
 def _covered_bytes(rows: list[np.ndarray], bad: set[object]) -> int:
     spans = np.concatenate(rows)
     spans = spans[[sample not in bad for sample in spans[:, 0].tolist()]]
-    _, start, end, cost, size = spans.T
+    _, start, end, cost, size, _ = spans.T
     return int((size * end // cost - size * start // cost).sum())

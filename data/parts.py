@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,18 +23,6 @@ class Medium(NamedTuple):
     value: np.ndarray
     start: int
     positions: int
-
-
-class Document(NamedTuple):
-    """[BOS] media text [EOS]: int32 of shape (cost + 1,), with [EOS] at the positions of media."""
-
-    tokens: np.ndarray
-    media: tuple[Medium, ...] = ()
-
-    @property
-    def text(self) -> int:
-        """Where the text begins in `tokens`."""
-        return 1 + sum(medium.positions for medium in self.media)
 
 
 class Encoded(NamedTuple):
@@ -64,13 +51,20 @@ class Part:
     """Document i is `tokens[offsets[i] : offsets[i + 1]]`, int32, with `media[i]`, or `bad[i]` says why it is none."""
 
     tokens: np.ndarray
-    offsets: list[int]
+    offsets: np.ndarray
     media: dict[int, list[Encoded]] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
 
-    def document(self, number: int) -> np.ndarray:
-        """Tokens of one document, as a view."""
-        return self.tokens[self.offsets[number] : self.offsets[number + 1]]
+
+def join_parts(parts: Sequence[Part]) -> Part:
+    """One part of the documents of all."""
+    joined = Part(np.concatenate([part.tokens for part in parts]), np.zeros(1, np.int64))
+    for part in parts:
+        first = len(joined.offsets) - 1
+        joined.offsets = np.concatenate([joined.offsets, joined.offsets[-1] + part.offsets[1:]])
+        joined.media |= {first + number: media for number, media in part.media.items()}
+        joined.bad |= {first + number: why for number, why in part.bad.items()}
+    return joined
 
 
 def build_part(contents: Sequence[Content], tokenizer: Tokenizer, costs: Costs | None) -> Part:
@@ -78,11 +72,11 @@ def build_part(contents: Sequence[Content], tokenizer: Tokenizer, costs: Costs |
 
     Without `costs` media take no positions.
     """
-    part = Part(np.empty(0, np.int32), [], bad=_bad(contents))
+    part = Part(np.empty(0, np.int32), np.zeros(1, np.int64), bad=_bad(contents))
     good = {number: one for number, one in enumerate(contents) if not isinstance(one, BadSample)}
     ids = _ids(list(good.values()), tokenizer)
     begin, end = np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
-    lengths = [0] * (len(contents) + 1)
+    lengths = np.zeros(len(contents) + 1, np.int64)
     pieces: list[np.ndarray] = []
     roles = [role for role in DECODERS if good and role in next(iter(good.values()))]
     for (number, record), one in zip(good.items(), ids, strict=True):
@@ -101,7 +95,7 @@ def build_part(contents: Sequence[Content], tokenizer: Tokenizer, costs: Costs |
         lengths[number + 1] = len(head) + len(one) + 1
     if pieces:
         part.tokens = np.concatenate(pieces, dtype=np.int32, casting="unsafe")
-    part.offsets = list(itertools.accumulate(lengths))
+    part.offsets = lengths.cumsum()
     return part
 
 

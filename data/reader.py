@@ -34,7 +34,7 @@ class ShardReader:
         self._blobs: Recent[Blob] = Recent(_OPEN_WEIGHT, lambda blob: _OPEN_FILE if blob.path() else 1)
         self._lock = threading.Lock()
 
-    def read(self, samples: np.ndarray) -> dict[int, Content]:
+    def read(self, samples: np.ndarray) -> list[Content]:
         """Contents of `samples` (unique, ascending), read in the order in which they lie.
 
         What was read is compared with the manifest's checksum; what differs is read once more from where it lies, and
@@ -44,24 +44,19 @@ class ShardReader:
             UserError: a shard is missing or has another size.
         """
         entries = self.corpus.entries(samples)
-        shard = self.corpus.shard_of(samples)
-        contents: dict[int, Content] = {}
-        for number in np.unique(shard).tolist():
-            here = np.flatnonzero(shard == number)
+        shards, firsts = np.unique(self.corpus.shard_of(samples), return_index=True)
+        contents: list[Content] = []
+        for number, start, stop in zip(shards.tolist(), firsts, [*firsts[1:], len(samples)], strict=True):
+            here = np.arange(start, stop)
             found = self._read(number, entries, here)
             checks = entries.check[here].tolist()
-            wrong = [i for i, content, check in zip(here, found, checks, strict=True) if _differs(content, check)]
-            contents.update(zip(samples[here].tolist(), found, strict=True))
+            wrong = [i for i, check in enumerate(checks) if _differs(found[i], check)]
             if wrong:
                 self._forget(number)
-                again = self._read(number, entries, np.array(wrong))
-                contents.update(
-                    (
-                        int(samples[i]),
-                        content if isinstance(content, BadSample) or not _differs(content, check) else _ALTERED,
-                    )
-                    for i, content, check in zip(wrong, again, entries.check[wrong].tolist(), strict=True)
-                )
+                for i, content in zip(wrong, self._read(number, entries, here[wrong]), strict=True):
+                    altered = not isinstance(content, BadSample) and _differs(content, checks[i])
+                    found[i] = _ALTERED if altered else content
+            contents += found
         return contents
 
     def opened(self, number: int) -> tuple[Source, Blob]:

@@ -23,8 +23,8 @@ _AHEAD = 16  # windows planned, but for the present one, at most
 _AHEAD_STEPS = 2  # steps for which windows are read ahead, at least two windows
 _ROWS = 3  # purpose of the key that permutes a window's rows
 
-# A planned span is (sample, start, end, cost, bytes): int64 arrays of shape (spans, 5).
-NO_SPANS = np.empty((0, 5), np.int64)
+# A planned span is (sample, start, end, cost, bytes, window): int64 arrays of shape (spans, 6).
+NO_SPANS = np.empty((0, 6), np.int64)
 
 
 def window_samples(corpus: Corpus, wanted: int) -> int:
@@ -38,8 +38,8 @@ class Expecting(Protocol):
 
     read_ahead: ReadAhead | None
 
-    def expect(self, samples: np.ndarray) -> None:
-        """Each of `samples` will be taken once."""
+    def expect(self, window: int, samples: np.ndarray) -> None:
+        """Each of `samples` will be taken once, for this window."""
 
     def refuse(self, samples: np.ndarray, why: str) -> None:
         """None of `samples` can be used."""
@@ -50,7 +50,7 @@ class Unread:
 
     read_ahead: ReadAhead | None = None
 
-    def expect(self, samples: np.ndarray) -> None:
+    def expect(self, window: int, samples: np.ndarray) -> None:
         """Read nothing."""
 
     def refuse(self, samples: np.ndarray, why: str) -> None:
@@ -59,10 +59,15 @@ class Unread:
 
 @dataclass(frozen=True)
 class Window:
-    """A planned window: its documents' (sample, cost, bytes), int64 of shape (W, 3), and their packs."""
+    """A planned window: its documents' (sample, cost, bytes, window), int64 of shape (W, 4), and their packs."""
 
     documents: np.ndarray
     packs: Packs
+
+    @classmethod
+    def of(cls, number: int, samples: np.ndarray, costs: np.ndarray, sizes: np.ndarray, packs: Packs) -> Window:
+        """Window `number` of samples and their costs and bytes."""
+        return cls(np.stack([samples, costs, sizes, np.full_like(samples, number)], axis=1), packs)
 
     def rows(self, start: int, stop: int) -> list[np.ndarray]:
         """Planned spans of rows [start, stop)."""
@@ -109,13 +114,13 @@ class Planner:
         if stage.sequence_length == SAMPLES:
             costs = np.ones(len(samples), np.int64)
         else:
-            costs = costs if counted else self._measure(samples)
+            costs = costs if counted else self._measure(number, samples)
             if self._corpus.media and (long := samples[costs > stage.sequence_length]).size:
                 self._documents.refuse(long, f"costs more positions than a row has ({stage.sequence_length})")
                 costs = np.minimum(costs, stage.sequence_length)
         key = derive_key(self._seed, number, _ROWS)
         packs = pack(costs, stage.sequence_length, stage.pack and counted, key)
-        return Window(np.stack([samples, costs, sizes], axis=1), packs)
+        return Window.of(number, samples, costs, sizes, packs)
 
     def _find(self, stages: tuple[Stage, ...], number: int) -> np.ndarray:
         """(sample, cost, bytes) of a window's documents, int64 of shape (3, W).
@@ -137,15 +142,14 @@ class Planner:
         begin = (number - windows.start) * stages[-1].window
         return found[:, begin : begin + stages[-1].window]
 
-    def _measure(self, samples: np.ndarray) -> np.ndarray:
+    def _measure(self, number: int, samples: np.ndarray) -> np.ndarray:
         """Costs of documents that the manifest did not count: tokenise the whole window, on every rank."""
         if self._documents.read_ahead:
             self._documents.read_ahead.expect(samples)
-        self._documents.expect(samples)
         assert isinstance(self._documents, Documents), "only a plan without documents asks for counted costs"
-        found = self._documents.take(samples, None)
-        lengths = {sample: 1 if one is None else len(one.tokens) - 1 for sample, one in found.items()}
-        return np.array([lengths[sample] for sample in samples.tolist()], np.int64)
+        self._documents.expect(~number, samples)  # another number than when they are to be built
+        found = self._documents.take(~number, samples, None)
+        return np.where(found.good, found.lengths - 1, 1)
 
 
 @dataclass(frozen=True)
@@ -242,7 +246,7 @@ class RowStream:
         self._announced, self._follow = now.window, (plan, now, filled)
         mine = self._mine(plan, now.packs_done, now, filled)
         self._fetch(now.window, mine)
-        self._documents.expect(mine)
+        self._documents.expect(now.window, mine)
 
     def _mine(self, plan: Window, first: int, now: LoaderState, position: int) -> np.ndarray:
         """This rank's samples in rows [first, …) of `plan`; the first is row `position` of the step after `now`."""

@@ -83,7 +83,7 @@ class ExamplePlanner:
         else:
             each = np.arange(len(costs))
             packs = Packs(np.stack([each, 0 * each, costs], 1), np.arange(len(costs) + 1), self._layout.length)
-        return Window(np.stack([samples, costs, self._bytes[samples]], axis=1), packs)
+        return Window.of(number, samples, costs, self._bytes[samples], packs)
 
     def rows(self, epochs: int) -> int:
         """Rows of the windows that hold the first `epochs` epochs."""
@@ -173,7 +173,7 @@ def collate(rows: Sequence[np.ndarray], examples: Sequence[Example], layout: Lay
     labels = np.full((len(rows), 1) if layout.per_example else shape, IGNORED, np.int64)
     for number, row in enumerate(rows):
         at = 0
-        for sample, start, end, _, _ in row.tolist():
+        for sample, start, end in row[:, :3].tolist():
             assert start == 0, "an example is never cut"
             example = examples[sample]
             inputs[number, at : at + end] = example.input_ids

@@ -57,8 +57,7 @@ def prepare_documents(folder: Path, documents: Sequence[str], name: str = "", **
 def read_samples(folder: Path) -> list[Content]:
     """Values of all samples of a manifest, in its order."""
     manifest = Manifest.load(folder)
-    found = ShardReader(Corpus([manifest])).read(np.arange(manifest.samples))
-    return [found[sample] for sample in range(manifest.samples)]
+    return ShardReader(Corpus([manifest])).read(np.arange(manifest.samples))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -37,7 +37,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def texts_of(folder: Path) -> list[Any]:
     manifest = Manifest.load(folder)
-    contents = ShardReader(Corpus([manifest])).read(np.arange(manifest.samples)).values()
+    contents = ShardReader(Corpus([manifest])).read(np.arange(manifest.samples))
     return [content.get("tokens", content.get("text")) for content in contents]
 
 

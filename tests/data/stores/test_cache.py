@@ -401,5 +401,5 @@ def test_a_sample_that_differs_is_read_from_the_store(server: Any, corpora: Simp
         folder.add(key, 0, content.replace(b"fox", b"cat"))
     assert blob.read(0, len(content)) != content
     found = reader.read(samples)
-    assert [content["text"] for content in found.values()] == documents  # type: ignore[index]
+    assert [content["text"] for content in found] == documents  # type: ignore[index]
     assert len(server.ranges()) == 1

@@ -112,9 +112,11 @@ def pages_of(server: Any) -> list[tuple[str, int]]:
 
 def finish(reading: ReadAhead) -> None:
     """Wait until nothing more is to be fetched."""
-    pool = reading._pool
-    while pool._work_queue.qsize() or pool._idle_semaphore._value < len(pool._threads):
+    pool, busy = reading._pool, True
+    while busy:
         time.sleep(0.001)
+        with pool._shutdown_lock:  # held by whoever submits: a thread is started before it is counted
+            busy = bool(pool._work_queue.qsize()) or pool._idle_semaphore._value < len(pool._threads)
     pool.shutdown()
 
 
@@ -165,7 +167,7 @@ def test_of_parquet_only_the_wanted_columns_of_the_row_groups(small_pages: None,
     )
     assert chunks <= fetched <= chunks + 2**16 + 6 * SMALL < len(server.files["/0.parquet"]) // 10
     server.log.clear()
-    assert [content["text"] for content in reader.read(samples).values()] == [texts[i] for i in samples]  # type: ignore[index]
+    assert [content["text"] for content in reader.read(samples)] == [texts[i] for i in samples]  # type: ignore[index]
     assert len(pages_of(server)) <= 3  # a buffer of 4 KiB behind each chunk, and in front of the footer
 
 
