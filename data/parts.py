@@ -72,30 +72,33 @@ def build_part(contents: Sequence[Content], tokenizer: Tokenizer, costs: Costs |
 
     Without `costs` media take no positions.
     """
-    part = Part(np.empty(0, np.int32), np.zeros(1, np.int64), bad=_bad(contents))
+    part = Part(np.empty(0, np.int32), np.zeros(len(contents) + 1, np.int64), bad=_bad(contents))
     good = {number: one for number, one in enumerate(contents) if not isinstance(one, BadSample)}
-    ids = _ids(list(good.values()), tokenizer)
-    begin, end = np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
-    lengths = np.zeros(len(contents) + 1, np.int64)
-    pieces: list[np.ndarray] = []
     roles = [role for role in DECODERS if good and role in next(iter(good.values()))]
-    for (number, record), one in zip(good.items(), ids, strict=True):
-        head = begin
+    heads, texts = np.ones(len(contents), np.int64), {}
+    for (number, record), ids in zip(good.items(), _ids(list(good.values()), tokenizer), strict=True):
         try:
-            if isinstance(one, BadSample):
-                raise ValueError(one.why)
+            if isinstance(ids, BadSample):
+                raise ValueError(ids.why)
             if roles:
                 part.media[number] = list(_media(record, roles, costs))
-                head = begin.repeat(1 + sum(medium.positions for medium in part.media[number]))
-                head[1:] = tokenizer.eos_id
+                heads[number] += sum(medium.positions for medium in part.media[number])
         except ValueError as error:
             part.bad[number] = str(error)
-            continue
-        pieces += (head, one, end)
-        lengths[number + 1] = len(head) + len(one) + 1
-    if pieces:
-        part.tokens = np.concatenate(pieces, dtype=np.int32, casting="unsafe")
-    part.offsets = lengths.cumsum()
+        else:
+            texts[number] = ids
+    if texts:
+        numbers = np.fromiter(texts, np.int64)
+        part.offsets[numbers + 1] = heads[numbers] + [len(ids) + 1 for ids in texts.values()]
+        part.offsets = part.offsets.cumsum()
+        starts, stops = part.offsets[numbers], part.offsets[numbers + 1]
+        part.tokens = np.full(stops[-1], tokenizer.eos_id, np.int32)
+        part.tokens[starts] = tokenizer.bos_id
+        is_text = np.ones(stops[-1], bool)
+        is_text[starts] = is_text[stops - 1] = False
+        for number in part.media:
+            is_text[part.offsets[number] :][: heads[number]] = False
+        part.tokens[is_text] = np.concatenate(list(texts.values()))
     return part
 
 

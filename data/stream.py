@@ -77,10 +77,9 @@ class Window:
         planned = np.concatenate([documents[:, :1], spans[:, 1:], documents[:, 1:]], axis=1)
         return [planned[a:b] for a, b in itertools.pairwise((offsets - begin).tolist())]
 
-    def samples(self, row: int) -> np.ndarray:
-        """Samples of a row's spans."""
-        start, stop = self.packs.offsets[row : row + 2]
-        return self.documents[self.packs.spans[start:stop, 0], 0]
+    def samples(self, rows: np.ndarray) -> np.ndarray:
+        """Samples of the spans of some rows; `rows`: whether each is one of them."""
+        return self.documents[self.packs.spans[rows.repeat(np.diff(self.packs.offsets)), 0], 0]
 
 
 class Planner:
@@ -251,9 +250,9 @@ class RowStream:
     def _mine(self, plan: Window, first: int, now: LoaderState, position: int) -> np.ndarray:
         """This rank's samples in rows [first, …) of `plan`; the first is row `position` of the step after `now`."""
         steps, positions = np.divmod(position + np.arange(len(plan.packs) - first), now.stages[-1].batch)
-        mine = self.deal.mine(positions) & self._share.mine(now.steps + steps)
-        rows = (first + np.flatnonzero(mine)).tolist()
-        return np.asarray(np.concatenate([NO_SPANS[:, 0], *map(plan.samples, rows)]))
+        mine = np.zeros(len(plan.packs), bool)
+        mine[first:] = self.deal.mine(positions) & self._share.mine(now.steps + steps)
+        return plan.samples(mine)
 
     def _ahead(self, plan: Window, now: LoaderState, position: int) -> None:
         """Let the windows that follow be fetched, though a new stage may yet change them.

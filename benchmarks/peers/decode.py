@@ -14,8 +14,9 @@ ROW = 1024  # tokens in a row of a text batch
 class Collate:
     """(id, label, payload) of each sample → {"ids": int64 (B,), "labels": int64 (B,), "data": tensor}.
 
-    data: images uint8 (B, 256, 256, 3); audio float32 (B, 64000); text and tokens int32 (rows, 1024), the documents of
-    the batch end to end, the last row filled up.
+    data: images uint8 (B, 256, 256, 3); audio float32 (B, 64000); text and tokens int64 (3, rows, 1024), the documents
+    of the batch end to end, the last row filled up: tokens, the token that follows each (-100 at the end of a document
+    and in what is filled up), and positions in their documents. It is what a step on packed rows takes.
     """
 
     def __init__(self, modality: str, tokenizer: str) -> None:
@@ -48,9 +49,15 @@ def _tokens(payloads: Sequence[bytes | np.ndarray]) -> np.ndarray:
 
 
 def _rows(documents: Sequence[np.ndarray]) -> np.ndarray:
-    length = sum(len(document) for document in documents)
-    rows = np.zeros((max(1, -(-length // ROW)), ROW), np.int32)
-    np.concatenate(documents, out=rows.reshape(-1)[:length], casting="unsafe")
+    lengths = [len(document) for document in documents]
+    ends = np.cumsum(lengths)
+    rows = np.zeros((3, max(1, -(-int(ends[-1]) // ROW)), ROW), np.int64)
+    rows[1] = -100
+    tokens, following, positions = rows.reshape(3, -1)[:, : ends[-1]]
+    np.concatenate(documents, out=tokens, casting="unsafe")
+    following[:-1] = tokens[1:]
+    following[ends - 1] = -100
+    np.subtract(np.arange(ends[-1]), (ends - lengths).repeat(lengths), out=positions)
     return rows
 
 

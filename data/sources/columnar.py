@@ -151,7 +151,7 @@ def _plain(array: pa.Array) -> tuple[np.ndarray, np.ndarray] | None:
     """Offsets and values of lists of integers; None where a row or a value is null."""
     if pa.types.is_dictionary(array.type) or array.null_count or array.values.null_count:
         return None
-    return array.offsets.to_numpy(), array.values.to_numpy(zero_copy_only=False)
+    return np.from_dlpack(array.offsets), np.from_dlpack(array.values)  # `to_numpy` imports pandas
 
 
 def _tokens(array: pa.Array) -> Get:

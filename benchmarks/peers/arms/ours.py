@@ -82,7 +82,11 @@ class OurStream:
                 (micro,) = step.micro_batches
                 ids = (self._ended(step) if self._packed else np.array(micro.samples))[: self._left]
                 self._left -= len(ids)
-                data = micro.input_ids_BT if self._packed else next(iter(micro.values.values()))
+                data = (
+                    (micro.input_ids_BT, micro.labels_BT, micro.position_ids_BT)
+                    if self._packed
+                    else next(iter(micro.values.values()))
+                )
                 yield {"ids": ids, "labels": self._labels[ids], "data": data}
                 if self._left == 0:
                     return
