@@ -45,6 +45,12 @@ class MicroBatch:
     spans: list[list[Span]]
     media: list[Media] = field(default_factory=list)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors."""
+        rows = self.input_ids_BT.nbytes + self.labels_BT.nbytes + self.position_ids_BT.nbytes
+        return rows + sum(medium.value.nbytes for medium in self.media)
+
 
 @dataclass
 class SampleBatch:
@@ -60,6 +66,12 @@ class SampleBatch:
     samples: list[int]
     good: list[bool]
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors."""
+        rows = (value if isinstance(value, list) else [value] for value in self.values.values())
+        return sum(tensor.nbytes for tensors in rows for tensor in tensors)
+
 
 @dataclass
 class StepBatch:
@@ -70,6 +82,11 @@ class StepBatch:
     spans: list[Span]  # of the whole global step, in row order
     state: LoaderState
     quarantined: list[dict[str, Any]] = field(default_factory=list)  # {sample, shard, why}, this rank's
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors."""
+        return sum(micro.nbytes for micro in self.micro_batches)
 
 
 def spans_sha(spans: Sequence[Span]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -58,9 +59,9 @@ class Loader:
             self._maker = Workers(opened.spec, opened.state, config.workers)
         else:
             self._maker = _Inline(opened.builder(), opened.state)
-        self._prefetcher = (
-            Prefetcher(self._maker.next, config.prefetch, self._maker.stalls) if config.prefetch else None
-        )
+        # Tensors are made (and pinned) in the prefetching thread: the trainer's has other things to do.
+        self._next = partial(_batch, self._maker)
+        self._prefetcher = Prefetcher(self._next, config.prefetch, self._maker.stalls) if config.prefetch else None
         # A thread that is in the middle of a read when the interpreter ends would abort the process.
         self._end = weakref.finalize(self, _end, self._maker, self._prefetcher)
 
@@ -82,11 +83,10 @@ class Loader:
         if self._closed:
             raise StopIteration
         try:
-            frame = self._prefetcher.next() if self._prefetcher else self._maker.next()
+            batch = self._prefetcher.next() if self._prefetcher else self._next()
         except BaseException:
             self.close()
             raise
-        batch = to_step_batch(frame)
         self.state = batch.state
         return batch
 
@@ -104,7 +104,11 @@ class Loader:
         self.close()
 
 
-def _end(maker: _Inline | Workers, prefetcher: Prefetcher | None) -> None:
+def _batch(maker: _Inline | Workers) -> StepBatch:
+    return to_step_batch(maker.next())
+
+
+def _end(maker: _Inline | Workers, prefetcher: Prefetcher[StepBatch] | None) -> None:
     if isinstance(maker, Workers):
         maker.close()
     if prefetcher is not None:

@@ -1,4 +1,4 @@
-"""Frames prepared ahead in a background thread, bounded by their bytes."""
+"""Batches prepared ahead in a background thread, bounded by their bytes."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 from millrace.core.console import warn
-from millrace.data.frames import Frame
+
+T = TypeVar("T", bound=Any)  # something with `nbytes`
 
 _SAY_AFTER = 10.0  # seconds without a batch until the user is told
 _NAMED = 3  # reads that the message names
 
 
-class Prefetcher:
-    """Calls `make` ahead of `next`, as long as what waits has less than `limit` bytes; one frame always may wait."""
+class Prefetcher(Generic[T]):
+    """Calls `make` ahead of `next`, as long as what waits has less than `limit` bytes; one batch always may wait."""
 
-    def __init__(self, make: Callable[[], Frame], limit: int, stalls: Callable[[], list[str]]) -> None:
+    def __init__(self, make: Callable[[], T], limit: int, stalls: Callable[[], list[str]]) -> None:
         """`stalls` names the reads that take long, for the message."""
         self._make, self._limit, self._stalls = make, limit, stalls
-        self._ready: deque[Frame | BaseException] = deque()
+        self._ready: deque[T | BaseException] = deque()
         self._bytes = 0
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="millrace-loader", daemon=True)
 
-    def next(self) -> Frame:
-        """The next frame; waits for it, and says so after a while.
+    def next(self) -> T:
+        """The next batch; waits for it, and says so after a while.
 
         Raises:
             StopIteration: another thread closed this one meanwhile.
@@ -57,12 +59,12 @@ class Prefetcher:
     def _run(self) -> None:
         while not self._closed:
             try:
-                item: Frame | BaseException = self._make()
+                item: T | BaseException = self._make()
             except BaseException as error:  # travels to the consumer
                 item = error
             with self._changed:
                 self._ready.append(item)
-                self._bytes += item.nbytes if isinstance(item, Frame) else 0
+                self._bytes += 0 if isinstance(item, BaseException) else item.nbytes
                 self._changed.notify_all()
                 if isinstance(item, BaseException):
                     return
@@ -70,7 +72,7 @@ class Prefetcher:
                     self._changed.wait()
 
     def close(self) -> None:
-        """End the thread after the frame that it is making."""
+        """End the thread after the batch that it is making."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
