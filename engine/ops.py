@@ -60,10 +60,13 @@ def use_operators() -> None:
 
 
 def find_ninja() -> None:
-    """Put the environment's own ninja on the PATH, where a `.venv/bin/python` that nobody activated does not look."""
+    """Make the environment's own ninja the one on the PATH, whether or not the environment was activated.
+
+    What one version of ninja built, another builds again.
+    """
     ours = Path(sys.prefix) / "bin"
-    if shutil.which("ninja") is None and (ours / "ninja").exists():
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(ours)])
+    if (ours / "ninja").exists() and shutil.which("ninja") != str(ours / "ninja"):
+        os.environ["PATH"] = os.pathsep.join([str(ours), os.environ.get("PATH", os.defpath)])
 
 
 def remove_stale_locks(folder: Path) -> list[Path]:
