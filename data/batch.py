@@ -79,6 +79,7 @@ class StepBatch:
 
     micro_batches: list[Any]  # MicroBatch, or SampleBatch
     local_tokens: int  # targets on this rank, or good samples
+    local_bytes: int  # of text that these targets stand for; a document that is cut shares them out by its spans
     spans: list[Span]  # of the whole global step, in row order
     state: LoaderState
     quarantined: list[dict[str, Any]] = field(default_factory=list)  # {sample, shard, why}, this rank's

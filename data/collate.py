@@ -24,14 +24,15 @@ def pack_rows(rows: Sequence[np.ndarray], documents: Documents, eos_id: int, seq
 
     Returns:
         `inputs`, `labels`, `positions`: int32 of shape (rows, sequence_length); `row_spans`: (sample, start, end) of
-        all rows, int64 of shape (S, 3); `offsets`: where each row's spans begin in them, int64 of shape (rows + 1,);
+        all rows, int64 of shape (S, 3); `bytes`: of text that the targets of each stand for, int64 of shape (S,);
+        `offsets`: where each row's spans begin in them, int64 of shape (rows + 1,);
         `media_at`: (row, start, positions) of every medium, int64 of shape (M, 3), and each as `image/N` or `audio/N`.
     """
     planned = np.concatenate(list(rows))
     ends = np.concatenate([[0], np.cumsum(planned[:, 2] - planned[:, 1])])  # of spans, all rows end to end
     offsets = np.cumsum([0, *(len(row) for row in rows)])
     inputs, labels = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.int32)
-    arrays: Arrays = {"row_spans": planned[:, :3], "offsets": offsets}
+    arrays: Arrays = {"row_spans": planned[:, :3], "bytes": _covered(planned), "offsets": offsets}
     media_at: list[tuple[int, int, int]] = []
     for first, stop in _windows(planned):
         spans, at = planned[first:stop], ends[first : stop + 1]
@@ -40,6 +41,7 @@ def pack_rows(rows: Sequence[np.ndarray], documents: Documents, eos_id: int, seq
         _copy(taken, spans, at - at[0], inputs[here], labels[here])
         for number in np.flatnonzero(~taken.good).tolist():
             inputs[at[number] : at[number + 1]], labels[at[number] : at[number + 1]] = eos_id, IGNORED
+            arrays["bytes"][first + number] = 0
         for number, media in taken.media.items():
             assert spans[number, 1] == 0, "a sample with media is never cut"
             row = int(np.searchsorted(offsets, first + number, side="right")) - 1
@@ -56,6 +58,12 @@ def pack_rows(rows: Sequence[np.ndarray], documents: Documents, eos_id: int, seq
         arrays[name][:] = fill
         arrays[name][room < 0] = values
     return arrays
+
+
+def _covered(planned: np.ndarray) -> np.ndarray:
+    """Bytes of text of each span: a document's are shared out in proportion, and sum to the document exactly."""
+    _, start, end, cost, size, _ = planned.T
+    return np.asarray(size * end // cost - size * start // cost)
 
 
 def _windows(planned: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -158,6 +166,7 @@ def to_step_batch(frame: Frame) -> StepBatch:
             for at in range(0, count, micro)
         ],
         local_tokens=int((arrays["labels"] != IGNORED).sum() if packed else arrays["good"].sum()),
+        local_bytes=int(arrays["bytes"].sum()) if packed else 0,
         spans=to_spans(arrays["spans"]),
         state=LoaderState.from_dict(frame.meta["state"]),
         quarantined=frame.meta["quarantined"],

@@ -9,7 +9,7 @@ import numpy as np
 
 from millrace.core.errors import UserError
 from millrace.data import DECODERS
-from millrace.data.index import COLUMNS, Entries
+from millrace.data.index import CHUNK, COLUMNS, Entries
 from millrace.data.manifest import Manifest
 from millrace.data.order import Blocks
 
@@ -98,6 +98,15 @@ class Corpus:
         for number, here in self._split(samples):
             out[:, here] = self.manifests[number].index.lookup(samples[here] & _ORDINAL, columns)
         return out
+
+    def count_longer(self, length: int) -> int:
+        """Samples of a counted corpus that cost more than `length` positions; memory of one index file."""
+        found = 0
+        for number, manifest in enumerate(self.manifests):
+            for start in range(0, manifest.samples, CHUNK):
+                samples = (number << _BITS) + np.arange(start, min(start + CHUNK, manifest.samples))
+                found += int((self.lookup(samples, ("tokens",)) > length).sum())
+        return found
 
     def shard_of(self, samples: np.ndarray) -> np.ndarray:
         """(manifest << 40) + number of the shard that holds each sample."""

@@ -53,22 +53,24 @@ class Taken:
     media: dict[int, tuple[Medium, ...]]
 
 
+def bad_budget(corpus: Corpus, max_bad: int | None) -> int:
+    """Samples that may be bad before it is an error (None: 0.1%, at least 10)."""
+    return max(10, corpus.samples // 1000) if max_bad is None else max_bad
+
+
 class Documents:
     """Documents of a corpus."""
 
     def __init__(
         self, corpus: Corpus, tokenizer: Tokenizer, max_bad: int | None = None, threads: int = 1, packed: bool = True
     ) -> None:
-        """`max_bad`: samples that may be bad before it is an error (None: 0.1%, at least 10).
-
-        Media take positions only where documents are `packed`.
-        """
+        """`max_bad`: as for `bad_budget`. Media take positions only where documents are `packed`."""
         self.reader = ShardReader(corpus)
         self.read_ahead = read_ahead(self.reader)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="millrace-read")
         self._corpus, self._tokenizer = corpus, tokenizer
         self._costs = Costs.stored(corpus.costs) if packed else None
-        self._budget = max(10, corpus.samples // 1000) if max_bad is None else max_bad
+        self._budget = bad_budget(corpus, max_bad)
         self._shelves: dict[int, _Shelf] = {}
         self._bad: dict[int, str] = {}
         self._refused: dict[int, str] = {}
@@ -155,8 +157,8 @@ class Documents:
             sample, why = list(self._bad.items())[-1]
             raise UserError(
                 f"{len(self._bad)} samples could not be used, more than data.max_bad_samples = {self._budget}"
-                f" allows; last: sample {sample} of {self._corpus.shard_url(sample)}: {why}. Prepare data again, "
-                "or raise it"
+                f" allows; last: sample {sample} of {self._corpus.shard_url(sample)}: {why}. Prepare the data again, "
+                "or raise data.max_bad_samples"
             )
 
 

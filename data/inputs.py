@@ -149,7 +149,8 @@ def look(url: str) -> tuple[int, str]:
         with open_blob(url) as blob:
             return blob.size, blob.version()
     except StoreError as error:
-        hint = "" if scheme_of(url) == "file" else "; end a prefix with / to read all that is below it"
+        lists = scheme_of(url) not in ("file", "http", "https")
+        hint = "; end a prefix with / to read all that is below it" if lists else ""
         raise UserError(f"no input '{url}': {error}{hint}") from None
 
 

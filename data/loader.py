@@ -11,15 +11,13 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from types import TracebackType
 
-import numpy as np
-
 from millrace.core.errors import UserError
 from millrace.data.batch import MicroBatch, StepBatch, spans_sha
 from millrace.data.builder import Builder, Opened, Spec, check_batch
 from millrace.data.collate import pack_rows, to_micro_batch, to_step_batch
 from millrace.data.config import DataConfig
 from millrace.data.corpus import Corpus
-from millrace.data.documents import Documents
+from millrace.data.documents import Documents, bad_budget
 from millrace.data.frames import Frame
 from millrace.data.heap import keep_freed_memory
 from millrace.data.manifest import manifest_folder
@@ -156,7 +154,22 @@ def build_loader(
     """
     check_batch(batch_rows, micro_batch, world)
     deal = Deal(batch_rows, micro_batch, rank, world)
-    return Loader(Opened(Spec(config=config, seed=seed, deal=deal), state))
+    opened = Opened(Spec(config=config, seed=seed, deal=deal), state)
+    _check_fit(opened.corpus, config)
+    return Loader(opened)
+
+
+def _check_fit(corpus: Corpus, config: DataConfig) -> None:
+    """Refuse samples with media (which are never cut) that no row can hold, before the run meets them one by one."""
+    if config.rows != "packed" or not corpus.media or not corpus.counted:
+        return
+    budget, found = bad_budget(corpus, config.max_bad_samples), corpus.count_longer(config.sequence_length)
+    if found > budget:
+        raise UserError(
+            f"{found:,} of {corpus.samples:,} samples of {corpus.folder} cost more positions than a row has "
+            f"({config.sequence_length}), more than data.max_bad_samples = {budget} allows; raise "
+            "data.sequence_length, or prepare them with a smaller --image-most"
+        )
 
 
 def heldout_manifests(config: DataConfig) -> list[str]:
@@ -211,18 +224,11 @@ def heldout_batches(
         rows += len(step.rows)
         if any(len(row) for row in step.rows):
             mine = stream.my_rows(step)[0]
-            batch = to_micro_batch(pack_rows(mine, documents, tokenizer.eos_id, config.sequence_length))
-            yield batch, _covered_bytes(mine, {entry["sample"] for entry in documents.news()})
+            arrays = pack_rows(mine, documents, tokenizer.eos_id, config.sequence_length)
+            yield to_micro_batch(arrays), int(arrays["bytes"].sum())
 
 
 def _tokenizer_of(config: DataConfig) -> str | None:
     first = config.manifest if isinstance(config.manifest, str) else config.manifest[0]
     stored = stored_tokenizer(manifest_folder(first)) if first else None
     return str(stored) if stored else None
-
-
-def _covered_bytes(rows: list[np.ndarray], bad: set[object]) -> int:
-    spans = np.concatenate(rows)
-    spans = spans[[sample not in bad for sample in spans[:, 0].tolist()]]
-    _, start, end, cost, size, _ = spans.T
-    return int((size * end // cost - size * start // cost).sum())

@@ -60,6 +60,9 @@ def packing(opened: Opened) -> Packing:
         window = stream.planner.window(opened.state.stages, number)
         spans = window.packs.spans
         rows += len(window.packs)
+        if opened.corpus.media:  # the places of those that are too long stay empty
+            costs = opened.corpus.lookup(window.documents[:, 0], ("tokens",))[0]
+            spans = spans[costs[spans[:, 0]] <= length]
         used += int((spans[:, 2] - spans[:, 1]).sum())
         cut += int((np.bincount(spans[:, 0]) > 1).sum())
         documents += len(window.documents)

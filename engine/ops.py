@@ -45,6 +45,8 @@ def use_operators() -> None:
     To be called on every rank before DeepSpeed joins the process group. Where it can be neither found nor built, the
     shared-memory operator is switched off: collectives then go through gloo.
     """
+    import torch
+
     find_ninja()
     if VARIABLE not in os.environ and prebuilt_folder().is_dir():
         os.environ[VARIABLE] = str(prebuilt_folder())
@@ -52,6 +54,8 @@ def use_operators() -> None:
     remove_stale_locks(folder)
     built = any(folder.glob(f"**/{SHARED_MEMORY}.so"))
     compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler and not built and os.environ.get("LOCAL_RANK", "0") == "0" and not torch.cuda.is_available():
+        say(f"compiling DeepSpeed's {SHARED_MEMORY} into {folder}, once: about a minute")
     # torch asks ninja even about what is built already.
     if shutil.which("ninja") is None or not (built or compiler):
         import deepspeed.ops

@@ -114,11 +114,13 @@ class ExampleLoader:
 
     def __next__(self) -> StepBatch:
         step = self._stream.step(self.state)
-        micro = [collate(rows, self._examples, self._layout, self._pad) for rows in self._stream.my_rows(step)]
+        mine = self._stream.my_rows(step)
+        micro = [collate(rows, self._examples, self._layout, self._pad) for rows in mine]
         self.state = step.after
         return StepBatch(
             micro_batches=micro,
             local_tokens=sum(int((m.labels_BT != IGNORED).sum()) for m in micro),
+            local_bytes=sum(int(row[:, 4].sum()) for rows in mine for row in rows),
             spans=to_spans(np.concatenate(step.rows)),
             state=self.state,
         )

@@ -107,7 +107,6 @@ def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precisi
             rundir=prepared.rundir,
             tracker=tracker,
             files=_files(config, model.config, prepared.tokenizer),
-            bytes_per_token=_bytes_per_target(prepared.train),
             flops_per_token=flops_per_target(model, prepared.train),
             peak_flops=sum(world.gather_objects(peak_flops(world.device, precision))),
             heldout=_heldout(config, prepared, layout, world),
@@ -232,10 +231,6 @@ def _heldout(
 
 def _targets(examples: list[Example]) -> int:
     return sum(int((e.labels != -100).sum()) for e in examples)
-
-
-def _bytes_per_target(examples: list[Example]) -> float:
-    return sum(e.bytes for e in examples) / max(_targets(examples), 1)
 
 
 def flops_per_target(model: Any, examples: list[Example]) -> float:

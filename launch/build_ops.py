@@ -37,6 +37,8 @@ def build(names: tuple[str, ...] = BUILDERS) -> list[str]:
         if builder is None:
             continue  # the accelerator has no use for it
         began = time.monotonic()
+        if not any(folder.glob(f"**/{builder.NAME}.so")):
+            say(f"compiling DeepSpeed's {builder.NAME}: one to three minutes")
         try:
             builder.load(verbose=False)
         except Exception as error:  # whatever a compiler, a loader or DeepSpeed's checks may say

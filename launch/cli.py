@@ -18,7 +18,7 @@ COMMANDS = {
         "millrace.launch.prepare:main",
     ),
     "data": (
-        "index files where they lie, verify them",
+        "index, curate, verify and look at data: stat, peek, simulate",
         "millrace data index s3://bucket/web/ --out data/web",
         "millrace.launch.data:main",
     ),

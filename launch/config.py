@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from millrace.core.config import explain, load_config, to_toml
 from millrace.core.registry import load
+from millrace.launch.arguments import Parser
 from millrace.launch.train import CLASSES
 
 
 def main(argv: Sequence[str]) -> int:
     """Print it to stdout: with --explain as commented text, otherwise as TOML that can be used again."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="millrace config",
         description="Print the resolved configuration (defaults, file, overrides), and what each key means.",
         epilog="example: millrace config configs/tiny.toml optim.lr=1e-3 --toml > resolved.toml",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from millrace.core.config import Source, build
 from millrace.core.console import say, show_table, warn
 from millrace.core.units import fmt_size
+from millrace.launch.arguments import Parser
 from millrace.launch.prepare import Shown
 
 
@@ -36,8 +36,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="millrace data curate",
         description="Remove exact duplicates, documents of low quality, near duplicates and documents that hold text "
         "of evaluation sets, in this order. What is kept is written to OUT/text, for `millrace prepare`. Interrupt it "

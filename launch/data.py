@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from millrace.core.console import show_table
 from millrace.core.errors import UserError, did_you_mean
 from millrace.core.registry import load
 from millrace.core.units import fmt_size
+from millrace.launch.arguments import Parser
 
 # name -> (what it does, an example, where it is)
 SUBCOMMANDS = {
@@ -53,7 +53,7 @@ def _help() -> str:
 
 def verify(argv: Sequence[str]) -> int:
     """Compare every shard and index file with what the manifest says; 1 where one differs."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="millrace data verify",
         description="Hash every shard and every index file of a manifest again, of its held-out part too.",
         epilog="example: millrace data verify data/web",

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from millrace.launch.arguments import Parser
+
 _FORMATS = """task files are JSON lines, of these kinds (write KIND=FILE where the fields do not tell):
   multiple_choice  {"question" or "context": "…", "choices": ["…", "…"], "answer": 0}
   text             {"text": "…"}, its perplexity
@@ -17,7 +19,7 @@ example: millrace eval runs/tiny --text books/held_out.txt --tasks tasks/arc_eas
 
 def main(argv: Sequence[str]) -> int:
     """Show tables on stderr, write the JSON result and print its path on stdout."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="millrace eval",
         description="Evaluate a run directory (its newest good checkpoint), a step-N folder, or a Hugging Face folder "
         "or hub name.",

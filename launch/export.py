@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+
+from millrace.launch.arguments import Parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the folder and print its path."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="millrace export",
         description="Write a Hugging Face folder (safetensors, no code) that AutoModelForCausalLM.from_pretrained and "
         "AutoTokenizer.from_pretrained load. One CPU process, with memory for a few copies of the largest tensor.",

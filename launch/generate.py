@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from millrace.core.errors import UserError
+from millrace.launch.arguments import Parser
 
 if TYPE_CHECKING:
     from millrace.eval.subject import Subject
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Print each prompt with its continuation on stdout."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="millrace generate",
         description="Continue prompts with a run's newest good checkpoint, a step-N folder, or a Hugging Face folder "
         "or hub name.",

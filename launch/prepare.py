@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from millrace.core.config import Source, build
 from millrace.core.console import get_console, say, show_table
 from millrace.core.units import fmt_count, fmt_size
+from millrace.launch.arguments import Parser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,13 +28,20 @@ def _prepare(given: dict[str, Any]) -> int:
 
     summary = prepare(build(PrepareConfig, given, Source("the command line")), Shown())
     rows = [
-        (part, s["name"], fmt_count(s["documents"]), fmt_size(s["bytes"]), fmt_count(s["tokens"]))
+        (
+            part,
+            s["name"],
+            fmt_count(s["documents"]),
+            fmt_size(s["bytes"]),
+            fmt_count(s["tokens"]) if s["tokens"] else "–",
+        )
         for part, sources in (("train", summary.train), ("held out", summary.heldout))
         for s in sources
+        if s["documents"] or part == "train"
     ]
     done = "was already prepared" if summary.already_done else "is ready"
     if summary.added_files:
-        done = f"has grown by {summary.added_files:,} files"
+        done = f"has grown by {summary.added_files:,} file{'s' * (summary.added_files > 1)}"
     show_table(f"{summary.out} {done}", ["part", "source", "samples", "text", "tokens"], rows)
     for skipped in summary.skipped:
         say(f"skipped: {skipped}")
@@ -59,7 +66,7 @@ class Shown:
         self.phase = what
 
 
-def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+def _given(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
     """Options that were given, as a tree: --image-patch is costs.image.patch."""
     given = {k: v for k, v in vars(parser.parse_intermixed_args(list(argv))).items() if v is not None}
     for role, name in _COSTS:
@@ -71,8 +78,8 @@ def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, An
 _COSTS = (("image", "patch"), ("image", "most"), ("audio", "hop_ms"))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="millrace prepare",
         description="Turn files, folders, globs, URLs or data sets into a manifest: shards, token counts, a tokenizer. "
         "Interrupt it at any time; the same command continues, and appends files that were added since.",
@@ -88,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _index_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _index_parser() -> Parser:
+    parser = Parser(
         prog="millrace data index",
         description="Write a manifest of files, folders, globs or URLs that stay where they are. Interrupt it at any "
         "time; the same command continues, and appends files that were added since.",
@@ -100,7 +107,7 @@ def _index_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
+def _add_inputs(parser: Parser) -> None:
     add: Any = parser.add_argument
     add("inputs", nargs="+", help="files, folders, globs, URLs or datasets:NAME[:CONFIG[:SPLIT]]; NAME=WHERE names one")
     add("--out", required=True, help="folder to write")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from millrace.core.errors import UserError
+from millrace.launch.arguments import Parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the report and print its path."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="millrace report",
         description="Write report.html, one self-contained file, from a run's ledger.",
         epilog="example: millrace report runs/tiny",

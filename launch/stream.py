@@ -10,24 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from millrace.core.config import load_config
-from millrace.core.console import say, show_table
+from millrace.core.console import say, show_table, warn
 from millrace.core.errors import UserError
 from millrace.core.units import fmt_count, fmt_seconds, fmt_size, parse_count
+from millrace.launch.arguments import Parser, quantity
 
 
-def _parser(name: str, what: str, example: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"millrace data {name}", description=what, epilog=f"example: millrace data {name} {example}"
-    )
+def _parser(name: str, what: str, example: str) -> Parser:
+    parser = Parser(prog=f"millrace data {name}", description=what, epilog=f"example: millrace data {name} {example}")
     parser.add_argument("arguments", nargs="*", metavar="CONFIG.toml section.key=value")
     return parser
 
 
-def _config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
+def _config(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
     from millrace.pretrain.config import PretrainConfig
 
     options = parser.parse_intermixed_args(list(argv))
     files = [a for a in options.arguments if "=" not in a]
+    if files and Path(files[0]).is_dir():
+        raise UserError(f"{files[0]} is a folder, not a configuration file; write data.manifest={files[0]}")
     if len(files) > 1:
         parser.error(f"give one configuration file, not {', '.join(files)}")
     overrides = [a for a in options.arguments if "=" in a]
@@ -45,7 +46,9 @@ def _open(config: Any, world: int = 1, rank: int = 0) -> Any:
 def stat(argv: Sequence[str]) -> int:
     """What the corpus holds, how long its samples are, how well they pack, and how often a budget repeats them."""
     parser = _parser("stat", "What a corpus holds and what a run makes of it.", "data.manifest=data/books")
-    parser.add_argument("--tokens", type=parse_count, help="token budget, such as 10B (default: train.duration)")
+    parser.add_argument(
+        "--tokens", type=quantity(parse_count), help="token budget, such as 10B (default: train.duration)"
+    )
     options, config = _config(parser, argv)
     from millrace.data.stat import lengths, packing
 
@@ -79,7 +82,7 @@ def stat(argv: Sequence[str]) -> int:
             f"{n:,}",
             f"{n / total:.1%}",
             f"{p / positions:.1%}",
-            "█" * round(40 * n / max(found.samples)),
+            "█" * round(16 * n / max(found.samples)),
         )
         for a, b, n, p in zip(found.edges[:-1], found.edges[1:], found.samples, found.positions, strict=True)
     ]
@@ -90,6 +93,11 @@ def stat(argv: Sequence[str]) -> int:
             f"rows of {config.data.sequence_length}: {packed.efficiency:.1%} of the positions hold a token "
             f"({packed.windows} windows planned); {packed.cut:.1%} of the samples are cut"
         )
+        if corpus.media and (longer := corpus.count_longer(config.data.sequence_length)):
+            warn(
+                f"{longer:,} samples ({longer / total:.1%}) cost more positions than a row has, and are never used; "
+                "raise data.sequence_length, or prepare them with a smaller --image-most"
+            )
     return 0
 
 
@@ -117,6 +125,8 @@ def peek(argv: Sequence[str]) -> int:
         raise UserError(f"--step = {options.step}: steps are counted from 1")
     from millrace.data.collate import to_step_batch
 
+    if options.images:
+        _make_folder(Path(options.images))
     config = replace(config, train=replace(config.train, micro_batch=config.train.batch))
     opened = _open(config)
     stream, state = opened.plan() if opened.corpus.counted else None, opened.state
@@ -129,9 +139,17 @@ def peek(argv: Sequence[str]) -> int:
     print(f"step {options.step}: {len(batch.spans)} spans, {batch.local_tokens:,} targets, window {batch.state.window}")
     for entry in batch.quarantined:
         print(f"bad: sample {entry['sample']} of {entry['shard']}: {entry['why']}")
+    options.bad = {entry["sample"] for entry in batch.quarantined}
     show = _show_samples if hasattr(micro, "values") else _show_rows
     show(micro, opened, options)
     return 0
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"cannot write to {folder}: {problem.strerror}; name another folder") from None
 
 
 def _show_rows(micro: Any, opened: Any, options: argparse.Namespace) -> None:
@@ -146,11 +164,11 @@ def _show_rows(micro: Any, opened: Any, options: argparse.Namespace) -> None:
             where = opened.corpus.shard_url(sample)
             note = f", {masked} without target" if masked else ""
             print(f"── sample {sample}, positions {start}–{end}{note} ({where})")
-            print(_shown(tokenizer, ids, [m for m in micro.media if m.row == row and at <= m.start < at + count], at))
+            media = [m for m in micro.media if m.row == row and at <= m.start < at + count]
+            print("⟨left empty⟩" if sample in options.bad else _shown(tokenizer, ids, media, at))
+            for medium in media:
+                _show_value(medium.role, medium.value.numpy(), f"row{row}-sample{sample}", options)
             at += count
-    for number, medium in enumerate(micro.media):
-        if medium.row < options.rows:
-            _show_value(medium.role, medium.value.numpy(), f"row{medium.row}-{number}", options)
 
 
 def _shown(tokenizer: Any, ids: list[int], media: list[Any], at: int) -> str:
@@ -172,7 +190,7 @@ def _show_samples(batch: Any, opened: Any, options: argparse.Namespace) -> None:
             if role == "tokens":
                 print(opened.tokenizer.decode(value.tolist()))
             else:
-                _show_value(role, value, f"row{row}", options)
+                _show_value(role, value, f"row{row}-sample{sample}", options)
 
 
 def _show_value(role: str, value: Any, name: str, options: argparse.Namespace) -> None:
@@ -180,7 +198,6 @@ def _show_value(role: str, value: Any, name: str, options: argparse.Namespace) -
     if not options.images:
         return
     folder = Path(options.images)
-    folder.mkdir(parents=True, exist_ok=True)
     if role == "image":
         from PIL import Image
 
@@ -198,8 +215,8 @@ def simulate(argv: Sequence[str]) -> int:
         "Plan a stream at any number of nodes, reading no data.",
         "run.toml --nodes 128 --ranks 8 --steps 100",
     )
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--ranks", type=int, default=1, help="ranks of a node")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of a node (default: 1)")
     parser.add_argument("--steps", type=int, default=100, help="steps to plan (default: 100)")
     options, config = _config(parser, argv)
     from millrace.data.simulate import simulate as plan
@@ -223,5 +240,5 @@ def simulate(argv: Sequence[str]) -> int:
         ("memory of a rank's planner, at most", fmt_size(found.peak_bytes)),
         ("order (SHA-256)", found.order[:16]),
     ]
-    show_table(f"{options.steps} steps on {options.nodes} × {options.ranks} ranks, planned", ["", ""], rows)
+    show_table(f"{options.steps} steps on {options.nodes} × {options.ranks} ranks", ["what is planned", ""], rows)
     return 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from millrace.core.config import load_config
 from millrace.core.errors import UserError
 from millrace.core.registry import load
+from millrace.launch.arguments import Parser
 from millrace.launch.train import CLASSES
 from millrace.slurm.config import SlurmConfig
 from millrace.slurm.render import render
@@ -17,7 +17,7 @@ from millrace.slurm.submit import submit
 
 def main(argv: Sequence[str]) -> int:
     """Print the job's number on stdout, or with --dry-run the script."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="millrace submit",
         description="Submit a run as a Slurm job. What the job asks for comes from --site (a TOML file) and from "
         "slurm.key=value; everything else is as for `millrace pretrain`.",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from millrace.core.console import say
+from millrace.core.console import say, warn
 from millrace.core.errors import CONTINUE, DONE
 from millrace.core.rundir import RunDir
 from millrace.core.units import Duration
@@ -35,7 +35,6 @@ class Parts:
     rundir: RunDir
     tracker: Tracker
     files: dict[str, str]  # written into every checkpoint: configuration, model and tokenizer
-    bytes_per_token: float  # of the training text, for bits per byte
     flops_per_token: float
     peak_flops: float  # of all ranks together
     heldout: Callable[[], Iterable[Any]] | None = None
@@ -62,8 +61,10 @@ def fit(parts: Parts) -> int:
             began = time.perf_counter()
             batch = next(steps)
             waited = time.perf_counter() - began
-            # One all-reduce before the first backward: targets, who was asked to stop, and rank 0's clock.
-            tokens, asked, bad = world.sum(batch.local_tokens, bool(stop), len(batch.quarantined))
+            # One all-reduce before the first backward: targets, their text, who was asked to stop, and bad samples.
+            tokens, size, asked, bad = world.sum(
+                batch.local_tokens, batch.local_bytes, bool(stop), len(batch.quarantined)
+            )
             if asked:
                 break
             lr = config.optim.lr * config.schedule.factor(point, duration)
@@ -77,7 +78,7 @@ def fit(parts: Parts) -> int:
             before = point
             point = Point(point.step + 1, point.tokens + int(tokens), point.seconds + clock)
             parts.identity["loader"] = batch.state.to_dict()
-            record = _record(parts, point, {"nll": nll, "tokens": tokens, "lr": lr, "grad_norm": norm})
+            record = _record(point, {"nll": nll, "tokens": tokens, "bytes": size, "lr": lr, "grad_norm": norm})
             record |= {"seconds": clock, "data_wait": waited, **_rates(parts, tokens, clock), "data": _data(batch)}
             parts.tracker.log("step", **record, **({"samples": batch.spans} if config.run.sample_ids else {}))
             progress.update(record)
@@ -125,13 +126,13 @@ def _weights(engine: Engine, top: float) -> dict[str, Any]:
     return {"weight": engine.norms(gradients=False), "max_logit": largest}
 
 
-def _record(parts: Parts, point: Point, values: dict[str, float]) -> dict[str, Any]:
+def _record(point: Point, values: dict[str, float]) -> dict[str, Any]:
     loss = values["nll"] / max(values["tokens"], 1.0)
     return {
         "step": point.step,
         "loss": loss,
         "loss_hex": float(loss).hex(),
-        "bpb": loss / math.log(2) / parts.bytes_per_token,
+        **({"bpb": values["nll"] / math.log(2) / values["bytes"]} if values["bytes"] else {}),
         "lr": values["lr"],
         "grad_norm": values["grad_norm"],
         "tokens": int(values["tokens"]),
@@ -154,6 +155,8 @@ def _quarantine(parts: Parts, point: Point, found: list[dict[str, Any]]) -> None
     entries = [entry for rank in parts.engine.world.gather_objects(found) for entry in rank]
     for entry in entries:
         parts.tracker.log("quarantine", step=point.step, **entry)
+        if parts.engine.world.main:
+            warn(f"step {point.step}: left out sample {entry['sample']} of {entry['shard']}: {entry['why']}")
     parts.loader.exclude({entry["sample"]: entry["why"] for entry in entries})
 
 

@@ -83,7 +83,6 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
             rundir=rundir,
             tracker=tracker,
             files=files,
-            bytes_per_token=corpus.bytes / corpus.tokens if corpus.tokens else 1.0,
             flops_per_token=flops_per_token(model.config, config.data.sequence_length),
             peak_flops=peak,
             heldout=_heldout(config, world),

@@ -251,4 +251,4 @@ def _next(stream: Any, blob: Blob) -> bytes:
     except StoreError:
         raise
     except OSError as error:
-        raise _DamagedError(f"{blob.url} cannot be decompressed: {error}") from None
+        raise _DamagedError(f"{blob.url} cannot be decompressed: {error}; write it again") from None

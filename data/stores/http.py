@@ -99,7 +99,8 @@ class HttpBlob(RemoteBlob):
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise StoreError(f"cannot read {self.url}: {error}") from None
             connected = isinstance(error, urllib3.exceptions.ReadTimeoutError | urllib3.exceptions.ProtocolError)
-            raise Transient(str(error), answered=connected) from None
+            what = re.sub(r"^\w+\(host='.*?', port=\w+\): ", "", str(error))
+            raise Transient(what, answered=connected) from None
 
     def _answer(self, url: str, response: urllib3.BaseHTTPResponse, span: tuple[int, int], end: float) -> HttpAnswer:
         headers = response.headers

@@ -306,7 +306,7 @@ def test_a_bad_sample_becomes_padding_and_the_plan_stays(
     for a, b in zip(good, bad, strict=True):
         assert a.spans == b.spans and a.state == b.state
         lost = sum(end - start for sample, start, end in a.spans if sample == 7)
-        assert b.local_tokens == a.local_tokens - lost
+        assert b.local_tokens == a.local_tokens - lost and (b.local_bytes < a.local_bytes if lost else True)
         masked = (a.micro_batches[0].labels_BT != b.micro_batches[0].labels_BT).sum()
         assert int(masked) == lost and (b.micro_batches[0].seq_lens == a.micro_batches[0].seq_lens)
 
@@ -387,6 +387,21 @@ def test_memory_of_documents_is_released(corpus: Path) -> None:
         assert next(loader).local_tokens
         held.append(len(loader._maker._builder.documents._shelves))
     assert set(held) == {0, 1}  # the rest of a window
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_bytes_are_those_of_the_documents(corpora: Any, tmp_path: Path, pack: bool) -> None:
+    """Of each span its share of the document's, whoever builds it: the shares of a document sum to it exactly."""
+    documents = corpora.make_documents(40, longest=3 * LENGTH)
+    corpus = corpora.prepare_documents(tmp_path, documents)
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    costs = [len(bordered(tokenizer, document)) - 1 for document in documents]
+    sizes = [len(document.encode()) for document in documents]
+    ranks = [steps(load(corpus, window=20, rows=4, world=2, rank=rank, pack=pack), 30) for rank in range(2)]
+    for parts in zip(*ranks, strict=True):
+        spans = parts[0].spans
+        shares = [sizes[s] * end // costs[s] - sizes[s] * start // costs[s] for s, start, end in spans]
+        assert sum(part.local_bytes for part in parts) == sum(shares)
 
 
 def test_spans_sha() -> None:

@@ -14,8 +14,10 @@ import soundfile
 import torch
 from PIL import Image
 
+from millrace.core.errors import UserError
 from millrace.data.batch import IGNORED, MicroBatch, SampleBatch
 from millrace.data.config import DataConfig
+from millrace.data.corpus import Corpus
 from millrace.data.loader import Loader, build_loader
 from millrace.data.prepare import PrepareConfig, prepare
 from millrace.data.tokenizer import load_tokenizer
@@ -89,6 +91,22 @@ def test_media_stand_in_their_rows_and_are_no_targets(pictures: Path) -> None:
                     at += count
             assert next(media, None) is None
     assert len(seen) > COUNT / 2
+
+
+def test_bytes_are_those_of_the_captions(pictures: Path) -> None:
+    with load(pictures) as loader:
+        for _ in range(6):
+            batch = next(loader)
+            assert batch.local_bytes == sum(len(text(sample)) for sample, _, _ in batch.spans)
+
+
+def test_more_samples_that_no_row_can_hold_than_may_be_bad_are_refused_at_the_start(pictures: Path) -> None:
+    longer = Corpus.load(str(pictures)).count_longer(20)
+    assert longer == sum(cost > 20 for cost in Corpus.load(str(pictures)).entries(np.arange(COUNT)).tokens) > 3
+    with load(pictures, sequence_length=20, max_bad_samples=longer):
+        pass
+    with pytest.raises(UserError, match=rf"{longer} of 24 samples of .* cost more positions than a row has \(20\)"):
+        load(pictures, sequence_length=20, max_bad_samples=longer - 1)
 
 
 def test_a_sample_that_needs_more_than_a_row_is_left_out(pictures: Path) -> None:

@@ -149,6 +149,20 @@ def test_without_a_compiler_the_operator_is_switched_off(tmp_path: Path, monkeyp
     assert not table[ops.SHARED_MEMORY]
 
 
+def test_another_ninja_on_the_path_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions of ninja do not believe each other: what one built, the other builds again."""
+    for folder in ("bin", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "ninja").touch(mode=0o755)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "other"))
+    ops.find_ninja()
+    assert shutil.which("ninja") == str(tmp_path / "bin" / "ninja")
+    path = os.environ["PATH"]
+    ops.find_ninja()
+    assert os.environ["PATH"] == path
+
+
 def test_ninja_of_the_environment_is_found_and_without_any_the_operator_is_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

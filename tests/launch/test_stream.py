@@ -61,7 +61,39 @@ def test_peek_names_media_and_saves_them(tmp_path: Path, capsys: Capture) -> Non
     assert main(["data", "peek", f"data.manifest={tmp_path / 'out'}", *options]) == 0
     assert "⟨image: 1 positions⟩a grey square" in capsys.readouterr().out
     (saved,) = (tmp_path / "saved").iterdir()
+    assert saved.name == "row0-sample0.png"
     np.testing.assert_array_equal(np.asarray(Image.open(saved)), pixels)
+
+
+def test_peek_shows_no_padding_for_text(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"stone number {n}"}) + "\n" for n in range(8)))
+    assert main(["prepare", str(path), "--out", str(tmp_path / "out"), "--vocab-size", "280"]) == 0
+    path.write_text(path.read_text().replace("number 3", "nvmber 3"))
+    capsys.readouterr()
+    options = ["train.batch=1", "train.micro_batch=1", "data.sequence_length=512"]
+    assert main(["data", "peek", f"data.manifest={tmp_path / 'out'}", *options]) == 0
+    shown = capsys.readouterr().out
+    assert "bad: sample 3 of" in shown and shown.count("⟨left empty⟩") == 1 and shown.count("endoftext") == 7
+
+
+def test_samples_that_no_row_holds_are_counted(tmp_path: Path, capsys: Capture) -> None:
+    with tarfile.open(tmp_path / "pics.tar", "w") as tar:
+        for number in range(4):
+            png = io.BytesIO()
+            Image.new("RGB", (160 if number else 640, 160)).save(png, "PNG")
+            for name, raw in ((f"{number}.png", png.getvalue()), (f"{number}.txt", b"grey")):
+                member = tarfile.TarInfo(name)
+                member.size = len(raw)
+                tar.addfile(member, io.BytesIO(raw))
+    command = ["prepare", str(tmp_path / "pics.tar"), "--text", "txt", "--image", "png", "--vocab-size", "280"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert main(["data", "stat", f"data.manifest={tmp_path / 'out'}", "data.sequence_length=128"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 samples (25.0%) cost more positions than a row has" in said
+    held = 3 * (10 * 10 + 1 + 1) / (4 * 128)  # the caption is one token
+    assert f"rows of 128: {held:.1%} of the positions hold a token" in said
 
 
 def test_stat_and_simulate_say_what_they_found(corpus: Path, capsys: Capture) -> None:
@@ -69,7 +101,7 @@ def test_stat_and_simulate_say_what_they_found(corpus: Path, capsys: Capture) ->
     said = capsys.readouterr().err
     assert "mill" in said and "100.0%" in said and "positions of a sample" in said and "windows planned" in said
     assert main(["data", "simulate", *arguments(corpus), "--nodes", "2", "--steps", "5"]) == 0
-    assert "5 steps on 2 × 1 ranks, planned" in capsys.readouterr().err
+    assert "5 steps on 2 × 1 ranks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -78,6 +110,7 @@ def test_stat_and_simulate_say_what_they_found(corpus: Path, capsys: Capture) ->
         (["peek", "--step", "0"], "steps are counted from 1"),
         (["simulate", "--nodes", "3"], "cannot be dealt to 3 ranks"),
         (["stat", "data.manifst=x"], "did you mean 'manifest'"),
+        (["stat", "."], "is a folder, not a configuration file; write data.manifest=."),
     ],
 )
 def test_mistakes_are_named(corpus: Path, capsys: Capture, command: list[str], message: str) -> None:
