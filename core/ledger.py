@@ -27,6 +27,9 @@ _LOOKS_NON_FINITE = re.compile(r"=*(nan|inf|-inf)")
 class Ledger:
     """Append-only JSON lines at `path`; parent folders are created.
 
+    `owner` is the number of the lease of who writes, and stands in every record: what a former owner still writes
+    after another has taken over is left out when the ledger is read.
+
     Every record is one `write` to a descriptor opened with O_APPEND: whole in the page cache before `append`
     returns (a SIGKILL of the process loses nothing), and on the disk where `fsync=True`.
 
@@ -34,8 +37,8 @@ class Ledger:
         UserError: the file cannot be opened or written, a full disk for one.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, owner: int = 0) -> None:
+        self.path, self._owner = Path(path), owner
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -44,7 +47,7 @@ class Ledger:
         self._seal = _seal(self._fd)
 
     def append(self, event: str, *, fsync: bool = False, **fields: Any) -> None:
-        """Write `{"event", "time" (unix seconds), **fields}`; `fsync` waits until it is on the disk.
+        """Write `{"event", "time" (unix seconds), "owner", **fields}`; `fsync` waits until it is on the disk.
 
         Fields are plain JSON values, or numpy or torch scalars. Non-finite floats are kept.
 
@@ -52,8 +55,10 @@ class Ledger:
             TypeError: a field that JSON cannot hold, such as a tensor of several elements.
             UserError: the line could not be written.
         """
-        assert not {"event", "time"} & fields.keys(), "event and time are the ledger's own"
-        record = {"event": event, "time": time.time()}
+        assert not {"event", "time", "owner"} & fields.keys(), "event, time and owner are the ledger's own"
+        record: dict[str, Any] = {"event": event, "time": time.time()}
+        if self._owner:
+            record["owner"] = self._owner
         for name, value in fields.items():
             record[name] = _plain(value, name)
         line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
@@ -141,7 +146,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """Every record of the ledger at `path`, in order; a line that a crash cut short is left out.
+    """Every record of the ledger at `path`, in order, but for a line that a crash cut short.
+
+    What a former owner wrote after a later one had begun is left out.
 
     Raises:
         UserError: no such file, or a damaged line elsewhere than at a place where a run was cut off.
@@ -150,11 +157,13 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read the ledger {path}: {error.strerror}") from None
-    records = []
+    records, owner = [], 0
     for number, line in enumerate(lines, 1):
         record = _parse(line)
         if record is not None:
-            records.append(_restore(record))
+            if (by := record.get("owner", owner)) >= owner:
+                owner = by
+                records.append(_restore(record))
         elif line.strip() and number < len(lines) and not line.endswith(_TORN.rstrip(b"\n")):
             raise UserError(
                 f"{path}:{number} is damaged ({line[:40]!r}…); repair or delete that line: the other records are intact"

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from millrace.data.stream import Deal
 from millrace.engine.checkpoint.read import Checkpoint, load_checkpoint, open_newest, remove_leftovers
 from millrace.engine.distributed import World, join_world, leave_world, world_size
 from millrace.engine.engine import Engine
+from millrace.engine.owner import Ownership, owned
 from millrace.engine.peak import peak_flops
 from millrace.engine.precision import choose_precision
 from millrace.engine.zero import deepspeed_config, gather_by_block
@@ -59,6 +61,7 @@ class Prepared:
     rundir: RunDir
     run_id: str
     base: str  # the Hugging Face folder or hub name of the first weights
+    owner: Ownership
 
 
 def finetune(config: FinetuneConfig) -> int:
@@ -91,43 +94,45 @@ def finetune(config: FinetuneConfig) -> int:
 
 
 def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precision: str) -> int:
-    prepared = prepare(config, world)
-    engine, model, peft = build_engine(config, prepared, world, settings)
-    found, rejected = open_newest(prepared.rundir.checkpoints, world)
-    point, state = _resume(found, engine)
-    layout = _layout(config, prepared.task, model)
-    deal = Deal(config.train.batch, config.train.micro_batch, world.rank, world.size)
-    loader = ExampleLoader(prepared.train, layout, deal, pad=_pad(prepared.tokenizer), state=state)
-    resolved = _in_steps(config, loader)
-    with Tracker(config.track, prepared.rundir.path, to_dict(config), enabled=world.main) as tracker:
-        parts = Parts(
-            config=resolved,  # type: ignore[arg-type]  # the same sections, as far as the loop reads them
-            engine=engine,
-            loader=loader,  # type: ignore[arg-type]
-            rundir=prepared.rundir,
-            tracker=tracker,
-            files=_files(config, model.config, prepared.tokenizer),
-            flops_per_token=flops_per_target(model, prepared.train),
-            peak_flops=sum(world.gather_objects(peak_flops(world.device, precision))),
-            heldout=_heldout(config, prepared, layout, world),
-            sample=prepared.task.sampler(model),
-            point=point,
-            identity={"run_id": prepared.run_id, "source": prepared.base},
-        )
-        if found is not None:
-            tracker.log("resume", step=point.step, **{"from": str(found.path)}, rejected=rejected)
-        tracker.log("start", **_start_record(parts, prepared, precision, found))
-        if world.main:
-            write_atomic(prepared.rundir.config, to_toml(config))
-            _announce(parts, prepared, precision)
-        if found is None:
-            for prompt, text in parts.sample() if parts.sample else ():
-                tracker.log("sample", step=0, prompt=prompt, text=text)
-        outcome = fit(parts)
-    if outcome == DONE:
-        written = world.on_main(lambda: _results(prepared, peft))
-        if world.main:
-            say(f"written: {', '.join(map(str, written))}")
+    with prepare(config, world) as prepared:
+        engine, model, peft = build_engine(config, prepared, world, settings)
+        found, rejected = open_newest(prepared.rundir.checkpoints, world)
+        point, state = _resume(found, engine)
+        layout = _layout(config, prepared.task, model)
+        deal = Deal(config.train.batch, config.train.micro_batch, world.rank, world.size)
+        loader = ExampleLoader(prepared.train, layout, deal, pad=_pad(prepared.tokenizer), state=state)
+        resolved = _in_steps(config, loader)
+        number = prepared.owner.number
+        with Tracker(config.track, prepared.rundir.path, to_dict(config), world.main, number) as tracker:
+            parts = Parts(
+                config=resolved,  # type: ignore[arg-type]  # the same sections, as far as the loop reads them
+                engine=engine,
+                loader=loader,  # type: ignore[arg-type]
+                rundir=prepared.rundir,
+                owner=prepared.owner,
+                tracker=tracker,
+                files=_files(config, model.config, prepared.tokenizer),
+                flops_per_token=flops_per_target(model, prepared.train),
+                peak_flops=sum(world.gather_objects(peak_flops(world.device, precision))),
+                heldout=_heldout(config, prepared, layout, world),
+                sample=prepared.task.sampler(model),
+                point=point,
+                identity={"run_id": prepared.run_id, "source": prepared.base},
+            )
+            if found is not None:
+                tracker.log("resume", step=point.step, **{"from": str(found.path)}, rejected=rejected)
+            tracker.log("start", **_start_record(parts, prepared, precision, found))
+            if world.main:
+                write_atomic(prepared.rundir.config, to_toml(config))
+                _announce(parts, prepared, precision)
+            if found is None:
+                for prompt, text in parts.sample() if parts.sample else ():
+                    tracker.log("sample", step=0, prompt=prompt, text=text)
+            outcome = fit(parts)
+        if outcome == DONE:
+            written = world.on_main(lambda: _results(prepared, peft))
+            if world.main:
+                say(f"written: {', '.join(map(str, written))}")
     return outcome
 
 
@@ -141,8 +146,9 @@ def _results(prepared: Prepared, peft: Any | None) -> list[Path]:
         ) from None
 
 
-def prepare(config: FinetuneConfig, world: World) -> Prepared:
-    """Read and encode the examples on every rank, claim the run directory, pin the source's weights."""
+@contextmanager
+def prepare(config: FinetuneConfig, world: World) -> Iterator[Prepared]:
+    """Read and encode the examples on every rank, own and claim the run directory, pin the source's weights."""
     source = find_source(config.source)
     tokenizer = open_tokenizer(config.data.tokenizer or source.tokenizer)
     task: Task = lookup(REGISTRY, config.objective.kind, "objective")(config, tokenizer)
@@ -154,8 +160,9 @@ def prepare(config: FinetuneConfig, world: World) -> Prepared:
         train, heldout = split(train, data.heldout_share)
     require_examples(train, f"data.train = '{data.train}'")
     rundir = RunDir(Path(config.run.dir) / config.run.name)
-    claimed = world.on_main(lambda: _claim(config, rundir, hash_examples(train), source))
-    return Prepared(task, tokenizer, train, heldout, rundir, *claimed)
+    with owned(rundir.path, world) as owner:
+        run_id, base = world.on_main(lambda: _claim(config, rundir, hash_examples(train), source))
+        yield Prepared(task, tokenizer, train, heldout, rundir, run_id, base, owner)
 
 
 def _claim(config: FinetuneConfig, rundir: RunDir, examples: str, source: Source) -> tuple[str, str]:

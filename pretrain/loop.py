@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from millrace.core.console import say, warn
-from millrace.core.errors import CONTINUE, DONE
+from millrace.core.errors import CONTINUE, DONE, UserError
 from millrace.core.rundir import RunDir
 from millrace.core.units import Duration
 from millrace.data.loader import Loader, spans_sha
 from millrace.engine.checkpoint.write import prune, save_checkpoint
 from millrace.engine.engine import Engine
+from millrace.engine.owner import Ownership
 from millrace.engine.signals import StopRequest
 from millrace.eval.heldout import evaluate
 from millrace.pretrain.config import PretrainConfig
@@ -33,6 +34,7 @@ class Parts:
     engine: Engine
     loader: Loader
     rundir: RunDir
+    owner: Ownership
     tracker: Tracker
     files: dict[str, str]  # written into every checkpoint: configuration, model and tokenizer
     flops_per_token: float
@@ -62,9 +64,14 @@ def fit(parts: Parts) -> int:
             batch = next(steps)
             waited = time.perf_counter() - began
             # One all-reduce before the first backward: targets, their text, who was asked to stop, and bad samples.
-            tokens, size, asked, bad = world.sum(
-                batch.local_tokens, batch.local_bytes, bool(stop), len(batch.quarantined)
+            tokens, size, asked, bad, lost = world.sum(
+                batch.local_tokens, batch.local_bytes, bool(stop), len(batch.quarantined), parts.owner.lost()
             )
+            if lost:
+                raise UserError(
+                    f"{parts.rundir.path} was taken over by another process while this one stood still; nothing more "
+                    "is written here"
+                )
             if asked:
                 break
             lr = config.optim.lr * config.schedule.factor(point, duration)
@@ -186,7 +193,7 @@ def _save(parts: Parts, point: Point) -> None:
     }
     folder, engine = parts.rundir.checkpoints, parts.engine
     extra = {"trainer": trainer, "files": parts.files}
-    size = save_checkpoint(folder, point.step, engine.adapter, engine.world, extra)
+    size = save_checkpoint(folder, point.step, engine.adapter, engine.world, extra, parts.owner)
     if engine.world.main:
         prune(folder, parts.config.checkpoint.keep)
     parts.tracker.log("checkpoint", step=point.step, seconds=time.perf_counter() - began, bytes=size)

@@ -20,6 +20,7 @@ from millrace.data.state import LoaderState
 from millrace.engine.checkpoint.read import Checkpoint, load_checkpoint, open_newest, remove_leftovers
 from millrace.engine.distributed import World, join_world, leave_world, world_size
 from millrace.engine.engine import Engine
+from millrace.engine.owner import owned
 from millrace.engine.peak import peak_flops
 from millrace.engine.precision import choose_precision
 from millrace.engine.zero import deepspeed_config, gather_by_block
@@ -66,38 +67,40 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
     with build_loader_at(config, world, None) as probe:
         tokenizer = probe.tokenizer
     check_packable(hf_config(config.model, tokenizer.vocab_size, config.data.sequence_length).model_type)
-    run_id = world.on_main(lambda: _claim(config, rundir, corpus))
-    engine, model = build_engine(config, world, settings, tokenizer.vocab_size)
-    found, rejected = open_newest(rundir.checkpoints, world)
-    point, state, steps = _resume(found, engine)
-    files = run_files(config, model.config, tokenizer)
-    peak = sum(world.gather_objects(peak_flops(world.device, precision)))
-    with (
-        Tracker(config.track, rundir.path, to_dict(config), enabled=world.main) as tracker,
-        build_loader_at(config, world, state) as loader,
-    ):
-        parts = Parts(
-            config=config,
-            engine=engine,
-            loader=loader,
-            rundir=rundir,
-            tracker=tracker,
-            files=files,
-            flops_per_token=flops_per_token(model.config, config.data.sequence_length),
-            peak_flops=peak,
-            heldout=_heldout(config, world),
-            sample=_sampler(config, model, tokenizer),
-            point=point,
-            identity={"run_id": run_id},
-        )
-        loader.exclude(world.on_main(lambda: _quarantined(rundir)))
-        if found is not None:
-            tracker.log("resume", step=point.step, **{"from": str(found.path)}, rejected=rejected)
-        tracker.log("start", **_start_record(parts, model, (run_id, precision, steps), corpus))
-        if world.main:
-            write_atomic(rundir.config, to_toml(config))
-            _announce(parts, model, precision)
-        outcome = fit(parts)
+    with owned(rundir.path, world) as owner:
+        run_id = world.on_main(lambda: _claim(config, rundir, corpus))
+        engine, model = build_engine(config, world, settings, tokenizer.vocab_size)
+        found, rejected = open_newest(rundir.checkpoints, world)
+        point, state, steps = _resume(found, engine)
+        files = run_files(config, model.config, tokenizer)
+        peak = sum(world.gather_objects(peak_flops(world.device, precision)))
+        with (
+            Tracker(config.track, rundir.path, to_dict(config), world.main, owner.number) as tracker,
+            build_loader_at(config, world, state) as loader,
+        ):
+            parts = Parts(
+                config=config,
+                engine=engine,
+                loader=loader,
+                rundir=rundir,
+                owner=owner,
+                tracker=tracker,
+                files=files,
+                flops_per_token=flops_per_token(model.config, config.data.sequence_length),
+                peak_flops=peak,
+                heldout=_heldout(config, world),
+                sample=_sampler(config, model, tokenizer),
+                point=point,
+                identity={"run_id": run_id},
+            )
+            loader.exclude(world.on_main(lambda: _quarantined(rundir)))
+            if found is not None:
+                tracker.log("resume", step=point.step, **{"from": str(found.path)}, rejected=rejected)
+            tracker.log("start", **_start_record(parts, model, (run_id, precision, steps), corpus))
+            if world.main:
+                write_atomic(rundir.config, to_toml(config))
+                _announce(parts, model, precision)
+            outcome = fit(parts)
     if world.main:
         _report(rundir)
     return outcome

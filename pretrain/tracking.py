@@ -39,17 +39,22 @@ class Tracker:
     """Writes the run's ledger, and sends the same events to wandb where `config` asks for it.
 
     `enabled` is true on rank 0 only; elsewhere every call does nothing. `resolved_config` is the whole
-    configuration as plain values, shown by wandb beside the curves; it holds no secrets.
+    configuration as plain values, shown by wandb beside the curves; it holds no secrets. `owner` is for the ledger.
 
     Raises:
         UserError: the ledger cannot be opened or written.
     """
 
     def __init__(
-        self, config: TrackConfig, run_dir: str | Path, resolved_config: dict[str, Any], enabled: bool = True
+        self,
+        config: TrackConfig,
+        run_dir: str | Path,
+        resolved_config: dict[str, Any],
+        enabled: bool = True,
+        owner: int = 0,
     ) -> None:
         self._every = config.log_every
-        self._ledger = Ledger(RunDir(run_dir).ledger) if enabled else None
+        self._ledger = Ledger(RunDir(run_dir).ledger, owner) if enabled else None
         self._wandb: _Wandb | None = None
         if enabled and config.wandb != "disabled":
             self._wandb = _Wandb(config, RunDir(run_dir), resolved_config)

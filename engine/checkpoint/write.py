@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from millrace.core.rundir import fsync_folder
 from millrace.engine.checkpoint.slices import Adapter
 from millrace.engine.checkpoint.tensorfile import file_sha256, write_tensors
 from millrace.engine.distributed import World
+from millrace.engine.owner import Ownership
 
 FORMAT = 1
 ENGINE = "model"  # one engine now; the key keeps a place for several
@@ -28,8 +30,12 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_checkpoint(folder: Path, step: int, adapter: Adapter, world: World, extra: dict[str, Any]) -> int:
+def save_checkpoint(
+    folder: Path, step: int, adapter: Adapter, world: World, extra: dict[str, Any], owner: Ownership | None = None
+) -> int:
     """Write `folder/step-N` from all ranks and return its size in bytes; call it on every rank.
+
+    The `owner` of the run directory looks again whether it still is one before the checkpoint becomes visible.
 
     `extra` holds JSON-able content by file name ("trainer": {...} → trainer.json) and, under "files", the text
     files that later stages need beside the weights ({"config.toml": "…", "model/config.json": "…"}).
@@ -39,7 +45,7 @@ def save_checkpoint(folder: Path, step: int, adapter: Adapter, world: World, ext
             folder removed.
     """
     final = folder / step_name(step)
-    temporary = folder / f"{step_name(step)}.tmp-write"
+    temporary = folder / f"{step_name(step)}.tmp-{owner.number if owner else 0}"
     error = _attempt(lambda: _prepare(temporary)) if world.main else None
     _raise_everywhere(world, error)
     fixed = fixed_tensors(adapter)
@@ -48,7 +54,8 @@ def save_checkpoint(folder: Path, step: int, adapter: Adapter, world: World, ext
         error = _attempt(lambda: _write_shared(temporary, fixed, extra))
     try:
         _raise_everywhere(world, error)
-        error = _attempt(lambda: _commit(temporary, final, step, adapter, world)) if world.main else None
+        manifest = partial(_manifest, temporary, step, adapter, world)
+        error = _attempt(lambda: _commit(temporary, final, manifest(), owner)) if world.main else None
         _raise_everywhere(world, error)
     except OSError:
         if world.main:
@@ -131,7 +138,7 @@ def _is_persistent(module: torch.nn.Module, name: str) -> bool:
     return leaf not in module.get_submodule(owner)._non_persistent_buffers_set
 
 
-def _commit(temporary: Path, final: Path, step: int, adapter: Adapter, world: World) -> None:
+def _manifest(temporary: Path, step: int, adapter: Adapter, world: World) -> dict[str, Any]:
     ranks = [json.loads((temporary / f"rank-{r:05d}.json").read_text()) for r in range(world.size)]
     known = {r["file"]: {"size": r["size"], "sha256": r["sha256"]} for r in ranks}
     files = {
@@ -139,21 +146,25 @@ def _commit(temporary: Path, final: Path, step: int, adapter: Adapter, world: Wo
         for p in sorted(temporary.rglob("*"))
         if p.is_file()
     }
-    params = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in adapter.named}
-    manifest = {
+    return {
         "format": FORMAT,
         "step": step,
         "world": world.size,
         "zero_stage": adapter.ds.zero_optimization_stage(),
         "optimizer_steps": adapter.step_count(),
         "states": ["master", *adapter.state_tensors()],
-        "params": params,
+        "params": {n: list(getattr(p, "ds_shape", p.shape)) for n, p in adapter.named},
         "files": files,
     }
+
+
+def _commit(temporary: Path, final: Path, manifest: dict[str, Any], owner: Ownership | None) -> None:
     _write_text(temporary / "MANIFEST.json", json.dumps(manifest, indent=1))
     for folder in [p for p in temporary.rglob("*") if p.is_dir()]:
         fsync_folder(folder)
     fsync_folder(temporary)
+    if owner is not None:
+        owner.check()
     if final.exists():  # the same step again, after falling back to an older checkpoint
         shutil.rmtree(final)
     os.rename(temporary, final)

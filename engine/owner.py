@@ -1,0 +1,48 @@
+"""Owning a run directory, as seen from every rank: rank 0 holds the lease."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from millrace.core.lease import Lease, acquire
+from millrace.engine.distributed import World
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """The fencing token `number`, on every rank, and on rank 0 the lease."""
+
+    number: int
+    lease: Lease | None
+
+    def lost(self) -> bool:
+        """Whether rank 0 knows that another process took over; False elsewhere."""
+        return self.lease is not None and self.lease.lost()
+
+    def check(self) -> None:
+        """Call this on rank 0 before something is made visible; raises `LeaseLost`."""
+        if self.lease is not None:
+            self.lease.check()
+
+
+@contextmanager
+def owned(run: Path, world: World) -> Iterator[Ownership]:
+    """Own the run directory while the block runs; call it on every rank.
+
+    Raises:
+        UserError: on every rank: another process owns it, and lives.
+    """
+    held: list[Lease] = []
+
+    def take() -> int:
+        held.append(acquire(run))
+        return held[0].number
+
+    try:
+        yield Ownership(world.on_main(take), held[0] if held else None)
+    finally:
+        for lease in held:
+            lease.release()
