@@ -5,6 +5,7 @@ Nothing here depends on how many ranks there are: a rank asks for the documents 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from millrace.data.reader import ShardReader
 from millrace.data.tokenizer import Tokenizer
 
 _READ_TOGETHER = 256  # samples that a thread reads at a time
+_TURNS = 4  # of each thread in decoding a batch: few, for waking a thread costs as much as a small image
 
 
 class _Shelf:
@@ -67,7 +69,7 @@ class Documents:
         """`max_bad`: as for `bad_budget`. Media take positions only where documents are `packed`."""
         self.reader = ShardReader(corpus)
         self.read_ahead = read_ahead(self.reader)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="millrace-read")
+        self._threads, self._pool = threads, ThreadPoolExecutor(threads, thread_name_prefix="millrace-read")
         self._corpus, self._tokenizer = corpus, tokenizer
         self._costs = Costs.stored(corpus.costs) if packed else None
         self._budget = bad_budget(corpus, max_bad)
@@ -117,7 +119,9 @@ class Documents:
     def _decode(self, part: Part, places: np.ndarray) -> tuple[dict[int, tuple[Medium, ...]], dict[int, str]]:
         """Media at `places`, decoded in threads, and why those at others cannot be."""
         encoded = {place: part.media[place] for place in places.tolist() if place in part.media}
-        decoded = dict(zip(encoded, self._pool.map(_decode, encoded.values()), strict=True))
+        samples, together = list(encoded.values()), -(-len(encoded) // (_TURNS * self._threads)) or 1
+        runs = [samples[at : at + together] for at in range(0, len(samples), together)]
+        decoded = dict(zip(encoded, itertools.chain.from_iterable(self._pool.map(_decode, runs)), strict=True))
         media = {place: one for place, one in decoded.items() if not isinstance(one, str)}
         return media, {place: one for place, one in decoded.items() if isinstance(one, str)}
 
@@ -162,8 +166,11 @@ class Documents:
             )
 
 
-def _decode(media: Iterable[Encoded]) -> tuple[Medium, ...] | str:
-    try:
-        return tuple(medium.decode() for medium in media)
-    except ValueError as error:
-        return str(error)
+def _decode(samples: Iterable[Iterable[Encoded]]) -> list[tuple[Medium, ...] | str]:
+    found: list[tuple[Medium, ...] | str] = []
+    for media in samples:
+        try:
+            found.append(tuple(medium.decode() for medium in media))
+        except ValueError as error:
+            found.append(str(error))
+    return found

@@ -108,8 +108,8 @@ def documents(unit: Sequence[InputFile], options: UnitOptions, bad: list[str]) -
                 if isinstance(content, BadSample):
                     if options.on_bad == "stop":
                         raise UserError(
-                            f"{file.url}, document {ordinal}: {content.why}; mend the file, name another "
-                            "field (--text, --image, …), or leave such documents out with --on-bad skip"
+                            f"{file.url}, document {ordinal}: {content.why}; mend the file, or leave such "
+                            "documents out with --on-bad skip"
                         )
                     bad.append(f"{file.url}, document {ordinal}: {content.why}")
                     continue

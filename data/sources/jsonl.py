@@ -104,7 +104,7 @@ def too_long(offset: int, length: int) -> BadSample:
 def no_field(row: Any, name: str, where: str) -> BadSample:
     """Why a value without the field `name` is of no use."""
     keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-    return BadSample(f"{where} has no field '{name}' (it has: {keys})")
+    return BadSample(f"{where} has no field '{name}' (it has: {keys}); options such as --text name another")
 
 
 def parse_line(line: bytes | memoryview, offset: int) -> Any:

@@ -85,8 +85,10 @@ class ParquetSource(Source):
 
 
 def _open(blob: Blob) -> pq.ParquetFile:
+    path = blob.path()
     try:
-        file = pq.ParquetFile(blob.open(_BUFFER), pre_buffer=blob.path() is None)
+        # Arrow's own file where it can be: through Python's all is copied once more, under the interpreter's lock.
+        file = pq.ParquetFile(pa.OSFile(str(path)) if path else blob.open(_BUFFER), pre_buffer=path is None)
         assert file.schema_arrow.names is not None  # decodes them
         return file
     except StoreError:
