@@ -47,6 +47,11 @@ COMMANDS = {
         "millrace export runs/tiny exported/",
         "millrace.launch.export:main",
     ),
+    "checkpoint": (
+        "list, verify, inspect and remove checkpoints",
+        "millrace checkpoint ls runs/tiny",
+        "millrace.launch.checkpoint:main",
+    ),
     "submit": (
         "render and submit a Slurm job",
         "millrace submit configs/tiny.toml slurm.nodes=2 slurm.gpus_per_node=8 --dry-run",
@@ -113,7 +118,7 @@ def _help() -> str:
         "",
     ]
     for name, (what, example, _) in COMMANDS.items():
-        lines += [f"  {name:<9} {what}", f"            {example}"]
+        lines += [f"  {name:<10} {what}", f"            {example}"]
     lines += ["", "Every key of a configuration can be overridden: section.key=value. See docs/ for guides."]
     return "\n".join(lines)
 

@@ -57,7 +57,8 @@ def write_checkpoint(
     (tokenizer or small_tokenizer()).save(path / "tokenizer")
     (path / "model" / "config.json").write_text(model.config.to_json_string(use_diff=False))
     (path / "config.toml").write_text(f"[data]\nsequence_length = {length}\n")
-    trainer = {"step": step, "run_id": "abc", "loader": {"stages": [{"manifests": ["f00d"]}]}}
+    loader = {"stages": [{"manifests": ["f00d"]}], "window": 3, "packs_done": 5}
+    trainer = {"step": step, "tokens": 1000 * step, "run_id": "abc", "loader": loader}
     (path / "trainer.json").write_text(json.dumps(trainer))
     params = {f"model.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
     fixed = {f"model.{n}": p.detach() for n, p in model.named_parameters() if not p.requires_grad}

@@ -142,7 +142,7 @@ def open_newest(folder: Path, world: World | None = None) -> tuple[Checkpoint | 
     """
     rejected: list[dict[str, str]] = []
     for path in list_checkpoints(folder):
-        why = _verdict(path, world)
+        why = verdict(path, world)
         if not why:
             return Checkpoint(path), rejected
         rejected.append({"path": str(path), "why": why})
@@ -170,12 +170,13 @@ def open_verified(path: Path, world: World | None = None) -> Checkpoint:
         return found
     if not path.is_dir():
         raise UserError(f"no checkpoint {path}: give a run directory or one of its checkpoints/step-N folders")
-    if why := _verdict(path, world):
+    if why := verdict(path, world):
         raise UserError(f"checkpoint {path} is not used: {why}")
     return Checkpoint(path)
 
 
-def _verdict(path: Path, world: World | None) -> str:
+def verdict(path: Path, world: World | None = None) -> str:
+    """Why a checkpoint is not to be used, empty where it verifies; with a world each rank hashes its share of files."""
     try:
         mine = list(Checkpoint(path).problems(world.rank if world else 0, world.size if world else 1))
     except UserError as error:

@@ -182,6 +182,11 @@ def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints (0 keeps all), renaming each first so that none is half there."""
     steps = sorted(p for p in folder.glob("step-*") if p.suffix == "" and p.name[5:].isdigit())
     for old in steps[: len(steps) - keep] if keep else []:
-        doomed = old.with_name(f"{old.name}.tmp-prune")
-        os.rename(old, doomed)
-        shutil.rmtree(doomed)
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, renamed first so that it is never half there."""
+    doomed = path.with_name(f"{path.name}.tmp-prune")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)

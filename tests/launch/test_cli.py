@@ -36,7 +36,7 @@ def test_help_names_every_command_with_an_example(capsys: pytest.CaptureFixture[
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
     for name, (what, example, _) in COMMANDS.items():
-        assert f"  {name:<9} {what}\n            {example}\n" in said
+        assert f"  {name:<10} {what}\n            {example}\n" in said
     assert max(map(len, said.splitlines())) <= 100
     assert main([]) == 0
     assert capsys.readouterr().out == said
