@@ -39,10 +39,16 @@ class CheckpointConfig:
     """When checkpoints are written and how many are kept."""
 
     every: Duration | None = option(Duration(500, "steps"), "between checkpoints: steps or time; one more at the end")
+    between: Duration | None = option(None, "steps or time between further ones, each of which replaces the one before")
     keep: int = option(2, "newest checkpoints to keep; 0 keeps all")
+    keep_every: int = option(0, "steps whose multiples are kept for ever, where there is a checkpoint; 0: none")
+    keep_best: int = option(0, "checkpoints with the lowest held-out loss to keep, of those where it was measured")
 
     def __post_init__(self) -> None:
-        if self.every is not None and (self.every.unit not in ("steps", "s") or self.every.value < 1):
-            raise UserError(f"checkpoint.every = '{self.every}': give steps or a time, such as '500 steps' or '10 min'")
-        if self.keep < 0:
-            raise UserError(f"checkpoint.keep = {self.keep}: give 0 (all) or more")
+        for key in ("every", "between"):
+            value = getattr(self, key)
+            if value is not None and (value.unit not in ("steps", "s") or value.value < 1):
+                raise UserError(f"checkpoint.{key} = '{value}': give steps or a time, such as '500 steps' or '10 min'")
+        for key in ("keep", "keep_every", "keep_best"):
+            if getattr(self, key) < 0:
+                raise UserError(f"checkpoint.{key} = {getattr(self, key)}: give 0 or more")

@@ -15,7 +15,8 @@ from millrace.core.errors import CONTINUE, DONE, UserError
 from millrace.core.rundir import RunDir
 from millrace.core.units import Duration
 from millrace.data.loader import Loader, spans_sha
-from millrace.engine.checkpoint.write import prune, save_checkpoint
+from millrace.engine.checkpoint.retention import prune
+from millrace.engine.checkpoint.write import save_checkpoint
 from millrace.engine.engine import Engine
 from millrace.engine.owner import Ownership
 from millrace.engine.signals import StopRequest
@@ -93,13 +94,15 @@ def fit(parts: Parts) -> int:
                 parts.tracker.log("norms", step=point.step, grad=gradients, **_weights(engine, top))
             if bad:
                 _quarantine(parts, point, batch.quarantined)
+            heldout = None
             if _due(config.eval.every, before, point) and point.fraction(duration) < 1:
-                _evaluate(parts, point, progress)
-            if _due(config.checkpoint.every, before, point):
-                _save(parts, point)
+                heldout = _evaluate(parts, point, progress)
+            regular = _due(config.checkpoint.every, before, point)
+            if regular or _due(config.checkpoint.between, before, point):
+                _save(parts, point, heldout=heldout, ephemeral=not regular)
                 last_saved = point.step
         if point.step > last_saved:
-            _save(parts, point)
+            _save(parts, point, ephemeral=point.fraction(duration) < 1)
         if not stop and point.fraction(duration) >= 1:
             _evaluate(parts, point, progress)
             earlier = "" if point.step > parts.point.step else " before; raise train.duration to go on"
@@ -167,11 +170,13 @@ def _quarantine(parts: Parts, point: Point, found: list[dict[str, Any]]) -> None
     parts.loader.exclude({entry["sample"]: entry["why"] for entry in entries})
 
 
-def _evaluate(parts: Parts, point: Point, progress: Progress) -> None:
-    """Held-out loss and samples, on every rank; into the ledger."""
+def _evaluate(parts: Parts, point: Point, progress: Progress) -> float | None:
+    """Held-out loss (returned, where there is a held-out part) and samples, on every rank; into the ledger."""
+    loss = None
     if parts.heldout is not None:
         began = time.perf_counter()
         found = evaluate(parts.engine, parts.heldout())
+        loss = found.loss
         parts.tracker.log(
             "eval", step=point.step, loss=found.loss, bpb=found.bpb, tokens=found.tokens, bytes=found.bytes,
             seconds=time.perf_counter() - began, **found.averages,
@@ -180,22 +185,25 @@ def _evaluate(parts: Parts, point: Point, progress: Progress) -> None:
         progress.say(f"step {point.step}: held-out {found.loss:.4f} nats/token, {found.bpb:.4f} bits per byte{more}")
     for prompt, text in parts.sample() if parts.sample is not None else ():
         parts.tracker.log("sample", step=point.step, prompt=prompt, text=text)
+    return loss
 
 
-def _save(parts: Parts, point: Point) -> None:
+def _save(parts: Parts, point: Point, *, heldout: float | None = None, ephemeral: bool = False) -> None:
     """Write a checkpoint on every rank, then remove old ones."""
     began = time.perf_counter()
     trainer = {
         "step": point.step,
         "tokens": point.tokens,
         "seconds": point.seconds,
+        "heldout": heldout,
+        "ephemeral": ephemeral,
         **parts.identity,
     }
     folder, engine = parts.rundir.checkpoints, parts.engine
     extra = {"trainer": trainer, "files": parts.files}
     size = save_checkpoint(folder, point.step, engine.adapter, engine.world, extra, parts.owner)
     if engine.world.main:
-        prune(folder, parts.config.checkpoint.keep)
+        prune(folder, parts.config.checkpoint)
     parts.tracker.log("checkpoint", step=point.step, seconds=time.perf_counter() - began, bytes=size)
 
 

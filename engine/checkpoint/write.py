@@ -178,13 +178,6 @@ def _write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints (0 keeps all), renaming each first so that none is half there."""
-    steps = sorted(p for p in folder.glob("step-*") if p.suffix == "" and p.name[5:].isdigit())
-    for old in steps[: len(steps) - keep] if keep else []:
-        remove(old)
-
-
 def remove(path: Path) -> None:
     """Remove a checkpoint, renamed first so that it is never half there."""
     doomed = path.with_name(f"{path.name}.tmp-prune")
