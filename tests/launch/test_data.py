@@ -61,7 +61,7 @@ def test_files_that_were_added_are_appended(web: Path, capsys: pytest.CaptureFix
     assert "was already prepared" in " ".join(capsys.readouterr().err.split())
     (web / "00.txt").write_text("new")
     assert main(call) == 0
-    assert "has grown by 1 files" in " ".join(capsys.readouterr().err.split())
+    assert "has grown by 1 file" in " ".join(capsys.readouterr().err.split())
     (source,) = json.loads(Path("out/manifest.json").read_text())["sources"]
     assert (source["name"], source["documents"]) == ("pages", 5)
 
