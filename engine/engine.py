@@ -50,6 +50,10 @@ class Engine:
         if last and self.adapter.replicated and self.world.size > 1:
             self.ds.allreduce_gradients(self._bucket)
 
+    def discard(self) -> None:
+        """Forget the gradients since the last step, on every rank: bit for bit as if their batch had never been seen."""
+        self.adapter.discard()
+
     def step(self, lr: float) -> float:
         """One optimiser step at learning rate `lr`; returns the global gradient norm before clipping."""
         for group in self.adapter.inner.param_groups:

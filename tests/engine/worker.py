@@ -2,6 +2,7 @@
 
 Arguments: a JSON file with {"config": TOML path, "scenarios": [{"name", "overrides", "steps", "load", "save"}]}.
 A scenario builds a new engine, loads checkpoint `load` (a folder) if given, trains `steps` steps, saves into `save`.
+Of the batches (from 0) in `unseen` nothing is computed; those in `spoilt` are multiplied, and their gradients discarded.
 """
 
 from __future__ import annotations
@@ -57,8 +58,13 @@ def run(config_path: str, scenario: dict[str, Any]) -> dict[str, Any]:
 def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str, Any]) -> dict[str, Any]:
     losses, spans, norms, targets, rows, gradient = [], [], [], [], [], []
     with build_loader_at(config, world, state) as loader:
-        for _ in range(scenario["steps"]):
+        for number in range(scenario["steps"]):
             batch = next(loader)
+            if number in scenario.get("unseen", ()):
+                continue
+            if str(number) in (spoilt := scenario.get("spoilt", {})):
+                spoil(engine, batch, float(spoilt[str(number)]))
+                continue
             (tokens,) = world.sum(batch.local_tokens)
             nll, _ = _accumulate(engine, batch.micro_batches, tokens)
             grads = engine.norms(gradients=True)
@@ -77,6 +83,15 @@ def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str
             save_checkpoint(Path(scenario["save"]), scenario["steps"], engine.adapter, world, {"trainer": trainer})
     figures = {"losses": losses, "spans": spans, "norms": norms, "targets": targets, "row_targets": rows}
     return {**figures, "gradient": gradient, "after": digest(engine.adapter, world)}
+
+
+def spoil(engine: Engine, batch: Any, factor: float) -> None:
+    """Backward of the batch with its loss multiplied on rank 0 alone, and then none of it."""
+    for number, micro in enumerate(batch.micro_batches):
+        nll, _ = engine.forward(micro)
+        mine = factor if engine.world.main else 1.0
+        engine.backward(nll * mine, 1.0, last=number == len(batch.micro_batches) - 1)
+    engine.discard()
 
 
 def main() -> int:
