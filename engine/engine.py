@@ -51,7 +51,7 @@ class Engine:
             self.ds.allreduce_gradients(self._bucket)
 
     def discard(self) -> None:
-        """Forget the gradients since the last step, on every rank: bit for bit as if their batch had never been seen."""
+        """Forget the gradients since the last step, on every rank: to the bit as if their batch had never been seen."""
         self.adapter.discard()
 
     def step(self, lr: float) -> float:

@@ -2,7 +2,7 @@
 
 Arguments: a JSON file with {"config": TOML path, "scenarios": [{"name", "overrides", "steps", "load", "save"}]}.
 A scenario builds a new engine, loads checkpoint `load` (a folder) if given, trains `steps` steps, saves into `save`.
-Of the batches (from 0) in `unseen` nothing is computed; those in `spoilt` are multiplied, and their gradients discarded.
+Of the batches (from 0) in `unseen` nothing is computed; those in `spoilt` are multiplied, their gradients discarded.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from millrace.data.state import LoaderState
 from millrace.engine.checkpoint.read import digest, load_checkpoint, open_verified
 from millrace.engine.checkpoint.write import save_checkpoint
 from millrace.engine.distributed import World, join_world, leave_world, world_size
+from millrace.engine.engine import Engine
 from millrace.engine.precision import choose_precision
 from millrace.engine.zero import deepspeed_config
 from millrace.pretrain.config import PretrainConfig, resolve
