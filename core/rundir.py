@@ -72,8 +72,9 @@ class RunDir:
                 f"{self.path} has {free / 1e9:.2f} GB free and one checkpoint needs {min_free_bytes / 1e9:.2f} GB; "
                 "free space or set run.dir to another disk"
             )
-        if self.identity.exists():
-            return self._continue(fingerprint)
+        self.check(fingerprint)
+        if self.known() == json.loads(json.dumps(fingerprint)):
+            return str(json.loads(self.identity.read_text())["id"])
         if self.started:
             raise UserError(f"{self.path} holds files of an unknown run; set run.name to a new name")
         return self._create(fingerprint)
@@ -90,22 +91,23 @@ class RunDir:
     @property
     def started(self) -> bool:
         """Whether a run has left anything here that could be lost."""
-        return self.ledger.exists() or any(self.checkpoints.iterdir())
+        return self.ledger.exists() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
-    def _continue(self, fingerprint: dict[str, Any]) -> str:
-        known = json.loads(self.identity.read_text())
-        old, new = known["fingerprint"], json.loads(json.dumps(fingerprint))
+    def check(self, fingerprint: dict[str, Any]) -> None:
+        """Refuse a directory that holds another run; reads only.
+
+        Raises:
+            UserError: the directory holds another run.
+        """
+        old, new = self.known(), json.loads(json.dumps(fingerprint))
         changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-        if changed and not self.started:
-            return self._create(fingerprint)
-        if changed:
+        if old and changed and self.started:
             named = [f"{k}: {_short(old.get(k))} there, {_short(new.get(k))} now" for k in changed[:_NAMED]]
             what = "; ".join(named) + (f"; and {len(changed) - _NAMED} more" if len(changed) > _NAMED else "")
             raise UserError(
                 f"{self.path} already holds another run ({what}); set run.name to a new name, "
                 "or put these keys back to continue that run. Nothing was overwritten"
             )
-        return str(known["id"])
 
     def write_outcome(self, code: int, why: str, step: int) -> None:
         """Record how the run ended, for the batch script that started it."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from millrace.core.lease import Lease, acquire
+from millrace.core.rundir import RunDir
 from millrace.engine.distributed import World
 
 
@@ -29,16 +30,17 @@ class Ownership:
 
 
 @contextmanager
-def owned(run: Path, world: World) -> Iterator[Ownership]:
-    """Own the run directory while the block runs; call it on every rank.
+def owned(rundir: RunDir, fingerprint: dict[str, Any], world: World) -> Iterator[Ownership]:
+    """Own the directory of the run with this `fingerprint` while the block runs; call it on every rank.
 
     Raises:
-        UserError: on every rank: another process owns it, and lives.
+        UserError: on every rank: it holds another run, which is left as it was; or another process owns it, and lives.
     """
     held: list[Lease] = []
 
     def take() -> int:
-        held.append(acquire(run))
+        rundir.check(fingerprint)
+        held.append(acquire(rundir.path))
         return held[0].number
 
     try:

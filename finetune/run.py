@@ -160,13 +160,14 @@ def prepare(config: FinetuneConfig, world: World) -> Iterator[Prepared]:
         train, heldout = split(train, data.heldout_share)
     require_examples(train, f"data.train = '{data.train}'")
     rundir = RunDir(Path(config.run.dir) / config.run.name)
-    with owned(rundir.path, world) as owner:
-        run_id, base = world.on_main(lambda: _claim(config, rundir, hash_examples(train), source))
+    identity = fingerprint(config, hash_examples(train))
+    with owned(rundir, identity, world) as owner:
+        run_id, base = world.on_main(lambda: _claim(rundir, identity, source))
         yield Prepared(task, tokenizer, train, heldout, rundir, run_id, base, owner)
 
 
-def _claim(config: FinetuneConfig, rundir: RunDir, examples: str, source: Source) -> tuple[str, str]:
-    run_id, base = rundir.claim(fingerprint(config, examples)), rundir.path / "base"
+def _claim(rundir: RunDir, identity: dict[str, Any], source: Source) -> tuple[str, str]:
+    run_id, base = rundir.claim(identity), rundir.path / "base"
     if not rundir.started:
         shutil.rmtree(base, ignore_errors=True)  # left by a start that failed, perhaps from another source
     remove_leftovers(rundir.checkpoints)

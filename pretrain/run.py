@@ -67,8 +67,9 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
     with build_loader_at(config, world, None) as probe:
         tokenizer = probe.tokenizer
     check_packable(hf_config(config.model, tokenizer.vocab_size, config.data.sequence_length).model_type)
-    with owned(rundir.path, world) as owner:
-        run_id = world.on_main(lambda: _claim(config, rundir, corpus))
+    identity = _identity(config, rundir, corpus)
+    with owned(rundir, identity, world) as owner:
+        run_id = world.on_main(lambda: _claim(rundir, identity))
         engine, model = build_engine(config, world, settings, tokenizer.vocab_size)
         found, rejected = open_newest(rundir.checkpoints, world)
         point, state, steps = _resume(found, engine)
@@ -140,10 +141,14 @@ def build_engine(config: PretrainConfig, world: World, settings: dict[str, Any],
     return engine, model
 
 
-def _claim(config: PretrainConfig, rundir: RunDir, corpus: Corpus) -> str:
+def _identity(config: PretrainConfig, rundir: RunDir, corpus: Corpus) -> dict[str, Any]:
     begun = rundir.known().get("manifests", [])
     manifests = begun if corpus.extends(begun) else corpus.fingerprints  # shards may join while a run is under way
-    run_id = rundir.claim(fingerprint(config, manifests))
+    return fingerprint(config, manifests)
+
+
+def _claim(rundir: RunDir, identity: dict[str, Any]) -> str:
+    run_id = rundir.claim(identity)
     remove_leftovers(rundir.checkpoints)
     rundir.outcome.unlink(missing_ok=True)
     return run_id
