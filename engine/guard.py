@@ -2,19 +2,23 @@
 
 The rule is that of OLMo-core's SkipStepOptimizer (https://github.com/allenai/OLMo-core): more than `sigma` standard
 deviations above the mean of the last `window` steps that were taken. Every rank decides alike, for all are given the
-same all-reduced figures.
+same all-reduced figures. Where `skips` steps on end were not taken, the weights themselves are suspected: the run goes
+back to a checkpoint and steps over the samples since (PaLM, https://arxiv.org/abs/2204.02311, section 5.1).
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from millrace.core.config import option
 from millrace.core.errors import UserError
+
+_FIGURES = ("loss", "grad_norm")
+RETURNS = 3  # to a checkpoint on end, with no full window between; after that the run stops
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +26,7 @@ class GuardConfig:
     """Which steps are not taken."""
 
     sigma: float = option(6.0, "standard deviations above the mean at which a step is not taken; 0: whatever is finite")
-    window: int = option(128, "steps that make the mean; nothing is judged before so many were taken")
+    window: int = option(128, "steps that make the mean; nothing finite is judged before so many were taken")
     skips: int = option(8, "steps not taken on end after which the run goes back to a checkpoint; 0: never")
 
     def __post_init__(self) -> None:
@@ -34,30 +38,53 @@ class GuardConfig:
 
 
 class Guard:
-    """Judges steps by their loss (per target) and the norm of their gradient."""
+    """Judges steps by their loss (per target) and the norm of their gradient.
 
-    def __init__(self, config: GuardConfig, history: Mapping[str, Sequence[float]] | None = None) -> None:
-        """`history` is what `history` gave, for a run that goes on."""
+    `taken` is the last step whose update is in the weights, `skipped` how many since were not taken, `returns` how
+    often the run went back to a checkpoint before a whole window of steps was taken again.
+    """
+
+    def __init__(self, config: GuardConfig, state: Mapping[str, Any] | None = None) -> None:
+        """`state` is what `state` gave, for a run that goes on."""
         self._config = config
-        self._taken: dict[str, deque[float]] = {
-            name: deque((history or {}).get(name, ()), config.window) for name in ("loss", "grad_norm")
-        }
-        self.skipped = 0  # steps on end that were not taken
+        self.skipped = self.returns = self._calm = 0
+        self._restore(state or {})
 
-    def judge(self, loss: float, grad_norm: float) -> str:
-        """Why a step is not to be taken; empty where it is, which then belongs to the window."""
-        figures = {"loss": loss, "grad_norm": grad_norm}
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.taken, self._stage = state.get("taken", 0), state.get("stage", 0)
+        self._window = {name: deque[float](state.get(name, ()), self._config.window) for name in _FIGURES}
+        self.skipped, self.returns, self._calm = (state.get(name, 0) for name in ("skipped", "returns", "calm"))
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint; JSON keeps them to the last bit."""
+        counts = {"taken": self.taken, "stage": self._stage, "skipped": self.skipped, "returns": self.returns}
+        return counts | {"calm": self._calm} | {name: list(values) for name, values in self._window.items()}
+
+    def judge(self, step: int, stage: int, loss: float, grad_norm: float) -> str:
+        """Why `step` is not to be taken; empty where it is.
+
+        `stage` is that of the data: another mixture or length has another loss, with which the window begins anew.
+        """
+        if stage != self._stage:
+            self._stage = stage
+            for values in self._window.values():
+                values.clear()
+        figures = dict(zip(_FIGURES, (loss, grad_norm), strict=True))
         why = next(filter(None, (self._fault(name, value) for name, value in figures.items())), "")
-        self.skipped = self.skipped + 1 if why else 0
-        if not why:
-            for name, value in figures.items():
-                self._taken[name].append(value)
-        return why
+        if why:
+            self.skipped, self._calm = self.skipped + 1, 0
+            return why
+        self.taken, self.skipped, self._calm = step, 0, self._calm + 1
+        if self._calm >= self._config.window:
+            self.returns = 0
+        for name, value in figures.items():
+            self._window[name].append(value)
+        return ""
 
     def _fault(self, name: str, value: float) -> str:
         if not math.isfinite(value):
             return f"{name} is {value}"
-        taken = self._taken[name]
+        taken = self._window[name]
         if not self._config.sigma or len(taken) < self._config.window:
             return ""
         mean = sum(taken) / len(taken)
@@ -71,11 +98,10 @@ class Guard:
         """Whether so many steps on end were not taken that the run should go back."""
         return 0 < self._config.skips <= self.skipped
 
-    def history(self) -> dict[str, list[float]]:
-        """The window, for a checkpoint; JSON keeps it to the last bit."""
-        return {name: list(values) for name, values in self._taken.items()}
-
-    def forget(self) -> dict[str, Any]:
-        """Begin to count skipped steps anew, after going back; returns what is known of them."""
-        skipped, self.skipped = self.skipped, 0
-        return {"skipped": skipped}
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """Take over the `state` of the checkpoint that the run went back to."""
+        returns, stage = self.returns + 1, self._stage
+        self._restore(state)
+        self.skipped, self._calm, self.returns = 0, 0, returns
+        if self._stage != stage:  # the window is of other data than what comes now
+            self._stage = -1

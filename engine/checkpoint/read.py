@@ -156,6 +156,20 @@ def open_newest(folder: Path, world: World | None = None) -> tuple[Checkpoint | 
     return None, []
 
 
+def open_before(folder: Path, step: int, world: World) -> Checkpoint | None:
+    """The newest checkpoint that verifies and whose weights are older than those after `step`; call it on every rank.
+
+    A checkpoint written while steps were not taken holds the weights of the last that was.
+    """
+    for path in list_checkpoints(folder):
+        if verdict(path, world):
+            continue
+        found = Checkpoint(path)
+        if found.json("trainer").get("guard", {}).get("taken", found.step) < step:
+            return found
+    return None
+
+
 def open_verified(path: Path, world: World | None = None) -> Checkpoint:
     """A checkpoint given by name (`step-N`, or a run directory for its newest), verified.
 

@@ -1,7 +1,8 @@
 """Ranks of the engine's tests: run scenarios one after another in one process group, print one JSON line.
 
 Arguments: a JSON file with {"config": TOML path, "scenarios": [{"name", "overrides", "steps", "load", "save"}]}.
-A scenario builds a new engine, loads checkpoint `load` (a folder) if given, trains `steps` steps, saves into `save`.
+A scenario builds a new engine, loads checkpoint `load` (a folder; the loader's place from `loader_of`, another) if
+given, trains `steps` steps, saves into `save`.
 Of the batches (from 0) in `unseen` nothing is computed; those in `spoilt` are multiplied, their gradients discarded.
 """
 
@@ -48,7 +49,8 @@ def run(config_path: str, scenario: dict[str, Any]) -> dict[str, Any]:
     if scenario.get("load"):
         checkpoint = open_verified(Path(scenario["load"]), world)
         load_checkpoint(checkpoint, engine.adapter)
-        state = LoaderState.from_dict(checkpoint.json("trainer")["loader"])
+        ahead = open_verified(Path(scenario.get("loader_of", scenario["load"])), world)
+        state = LoaderState.from_dict(ahead.json("trainer")["loader"])
     if scenario.get("load") or scenario.get("digest"):
         engine.adapter.allocate()
         result["loaded"] = digest(engine.adapter, world)
@@ -67,7 +69,7 @@ def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str
                 spoil(engine, batch, float(spoilt[str(number)]))
                 continue
             (tokens,) = world.sum(batch.local_tokens)
-            nll, _ = _accumulate(engine, batch.micro_batches, tokens)
+            nll, _, square = _accumulate(engine, batch.micro_batches, tokens)
             grads = engine.norms(gradients=True)
             if scenario.get("gradient") and not gradient:
                 from deepspeed.utils import safe_get_full_grad
@@ -76,7 +78,10 @@ def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str
                 gradient = torch.cat([safe_get_full_grad(p).float().flatten() for _, p in params]).tolist()
             targets.append(int(tokens))
             rows += [int((m.labels_BT != -100).sum()) for m in batch.micro_batches]
-            norms.append([engine.step(config.optim.lr), sum(v * v for v in grads.values()) ** 0.5])
+            engine.step(config.optim.lr)
+            stepped = engine.ds.get_global_grad_norm()  # what DeepSpeed found, where it looks
+            norms.append([world.sum(square)[0] ** 0.5, sum(v * v for v in grads.values()) ** 0.5])
+            norms[-1] += [] if stepped is None else [float(stepped)]
             losses.append(float(world.sum(nll)[0] / tokens).hex())
             spans.append(batch.spans)
         if scenario.get("save"):

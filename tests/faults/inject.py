@@ -1,0 +1,106 @@
+"""One rank with faults: `python inject.py FAULTS CONFIG [section.key=value …]`, otherwise `millrace.pretrain`.
+
+FAULTS is a JSON list. Each entry names its kind (a function below), the ranks (absent: all) and the steps at which it
+happens, and what the kind needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from millrace.core.process import run_process
+from millrace.data.loader import Loader
+from millrace.engine.distributed import World
+from millrace.pretrain import loop
+from millrace.pretrain import run as pretrain_run
+from millrace.pretrain.config import PretrainConfig
+from millrace.pretrain.main import main_rank
+
+NOW = {"step": 0}  # the step under way
+
+
+def due(fault: dict[str, Any]) -> bool:
+    """Whether this is the rank and the step of a fault."""
+    return int(os.environ["RANK"]) in fault.get("ranks", (int(os.environ["RANK"]),)) and NOW["step"] in fault["steps"]
+
+
+def loss(fault: dict[str, Any]) -> None:
+    """The loss, and with it the gradient, is multiplied by `factor` (a number, "nan" or "inf")."""
+    forward = loop.Engine.forward
+
+    def faulty(self: Any, micro: Any) -> Any:
+        nll, metrics = forward(self, micro)
+        factor = float(fault["factor"]) if due(fault) else 1.0
+        return nll * factor, metrics * factor
+
+    loop.Engine.forward = faulty  # type: ignore[method-assign]
+
+
+def at_forward(fault: dict[str, Any]) -> None:
+    """The process sends itself a signal (by name) as a forward pass begins."""
+    forward = loop.Engine.forward
+
+    def faulty(self: Any, micro: Any) -> Any:
+        if due(fault):
+            os.kill(os.getpid(), getattr(signal, fault["signal"]))
+        return forward(self, micro)
+
+    loop.Engine.forward = faulty  # type: ignore[method-assign]
+
+
+def never_reads(fault: dict[str, Any]) -> None:
+    """The batch of a step never comes."""
+    read = Loader.__next__
+
+    def faulty(self: Any) -> Any:
+        NOW["step"] += 1  # the step that begins
+        if due(fault):
+            time.sleep(3600)
+        NOW["step"] -= 1
+        return read(self)
+
+    Loader.__next__ = faulty  # type: ignore[method-assign]
+
+
+def leaves_out_a_sum(fault: dict[str, Any]) -> None:
+    """The rank goes on without the second of a step's control sums."""
+    add = World.sum
+
+    def faulty(self: Any, *values: float) -> list[float]:
+        return [1.0] * len(values) if due(fault) and len(values) == 3 else add(self, *values)
+
+    World.sum = faulty  # type: ignore[method-assign]
+
+
+KINDS = {"loss": loss, "signal": at_forward, "read": never_reads, "sum": leaves_out_a_sum}
+
+
+def count_steps() -> None:
+    """Keep `NOW`."""
+    fit, accumulate = pretrain_run.fit, loop._accumulate
+
+    def counted_fit(parts: Any) -> int:
+        NOW["step"] = parts.point.step
+        return fit(parts)
+
+    def counted_accumulate(*arguments: Any) -> Any:
+        NOW["step"] += 1
+        return accumulate(*arguments)
+
+    pretrain_run.fit, loop._accumulate = counted_fit, counted_accumulate
+
+
+def main() -> int:
+    count_steps()
+    for fault in json.loads(sys.argv[1]):
+        KINDS[fault["kind"]](fault)
+    return main_rank(PretrainConfig, pretrain_run.pretrain, sys.argv[2:])
+
+
+if __name__ == "__main__":
+    run_process(main)
