@@ -22,6 +22,7 @@ from millrace.core.units import Duration, fmt_count
 from millrace.data.loader import check_batch
 from millrace.data.stream import Deal
 from millrace.engine.checkpoint.read import Checkpoint, open_newest, remove_leftovers
+from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.distributed import World, join_world, leave_world, world_size
 from millrace.engine.engine import Engine
 from millrace.engine.guard import Guard
@@ -118,6 +119,13 @@ def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precisi
                 peak_flops=sum(world.gather_objects(peak_flops(world.device, precision))),
                 heldout=_heldout(config, prepared, layout, world),
                 sample=prepared.task.sampler(model),
+                saver=Saver(
+                    prepared.rundir.checkpoints,
+                    engine.adapter,
+                    world,
+                    prepared.owner,
+                    background=config.checkpoint.background,
+                ),
                 watch=prepared.watch,
                 guard=Guard(config.guard, resumed.guard),
                 point=resumed.point,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from millrace.core.units import Duration
 from millrace.data.loader import Loader, spans_sha
 from millrace.engine.checkpoint.read import load_checkpoint, open_before
 from millrace.engine.checkpoint.retention import prune
-from millrace.engine.checkpoint.write import save_checkpoint
+from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.engine import Engine
 from millrace.engine.guard import RETURNS, Guard
 from millrace.engine.owner import Ownership
+from millrace.engine.pace import Pace, Straggler
 from millrace.engine.signals import StopRequest
 from millrace.engine.watchdog.watch import Watch
 from millrace.eval.heldout import evaluate
@@ -40,6 +42,7 @@ class Parts:
     rundir: RunDir
     owner: Ownership
     tracker: Tracker
+    saver: Saver
     guard: Guard
     watch: Watch
     files: dict[str, str]  # written into every checkpoint: configuration, model and tokenizer
@@ -62,6 +65,7 @@ def fit(parts: Parts) -> int:
     config, engine = parts.config, parts.engine
     world, duration = engine.world, config.train.duration
     point, last_saved = parts.point, parts.point.step
+    pace = Pace(world, socket.gethostname())
     steps, stepping, at = iter(parts.loader), 0.0, parts.watch.enter
     names = {"steps": "total_steps", "tokens": "total_tokens", "s": "total_seconds"}
     total: dict[str, Any] = {names[duration.unit]: duration.value}
@@ -73,20 +77,12 @@ def fit(parts: Parts) -> int:
             batch = next(steps)
             waited = time.perf_counter() - began
             at("collective", number)
-            # One all-reduce before the first backward: targets, their text, who was asked to stop, and bad samples.
-            tokens, size, asked, bad, lost = world.sum(
-                batch.local_tokens, batch.local_bytes, bool(stop), len(batch.quarantined), parts.owner.lost()
-            )
-            if lost:
-                raise UserError(
-                    f"{parts.rundir.path} was taken over by another process while this one stood still; nothing more "
-                    "is written here"
-                )
+            tokens, size, bad, asked = _agree(parts, point, batch, bool(stop))
             if asked:
                 break
             lr = config.optim.lr * config.schedule.factor(point, duration)
             at("first" if point is parts.point else "step", number)
-            nll, top, square = _accumulate(engine, batch.micro_batches, tokens)
+            nll, top, square = _accumulate(engine, batch.micro_batches, tokens, pace)
             tracked = _due(Duration(config.track.norms_every, "steps"), point, Point(point.step + 1))
             gradients = engine.norms(gradients=True) if tracked else None
             # Rank 0's clock is everybody's: what is due by time must be due on all ranks. The time of the optimiser,
@@ -108,6 +104,8 @@ def fit(parts: Parts) -> int:
             progress.update(record)
             if tracked:
                 parts.tracker.log("norms", step=point.step, grad=gradients, **_weights(engine, top))
+            for slow in pace.step():
+                _tell_straggler(parts, point, slow)
             if bad:
                 _quarantine(parts, point, batch.quarantined)
             if fault:
@@ -123,6 +121,7 @@ def fit(parts: Parts) -> int:
                 last_saved = point.step
         if point.step > last_saved:
             _save(parts, point, ephemeral=point.fraction(duration) < 1)
+        _finish_save(parts, point)
         if not stop and point.fraction(duration) >= 1:
             _evaluate(parts, point, progress)
             earlier = "" if point.step > parts.point.step else " before; raise train.duration to go on"
@@ -130,11 +129,29 @@ def fit(parts: Parts) -> int:
         return _end(parts, point, CONTINUE, f"asked to stop by {stop.name or 'another rank'}")
 
 
-def _accumulate(engine: Engine, micro_batches: list[Any], tokens: float) -> tuple[float, float, float]:
+def _agree(parts: Parts, point: Point, batch: Any, asked: bool) -> list[float]:
+    """One all-reduce before the first backward: [targets, their text, bad samples, who was asked to stop].
+
+    With it goes whether the run is still ours, and whether the checkpoint under way is written everywhere.
+    """
+    mine = (batch.local_tokens, batch.local_bytes, len(batch.quarantined), asked)
+    *agreed, lost, writing = parts.engine.world.sum(*mine, parts.owner.lost(), parts.saver.writing)
+    if lost:
+        raise UserError(
+            f"{parts.rundir.path} was taken over by another process while this one stood still; nothing more is "
+            "written here"
+        )
+    if not writing:
+        _finish_save(parts, point)
+    return agreed
+
+
+def _accumulate(engine: Engine, micro_batches: list[Any], tokens: float, pace: Pace) -> tuple[float, float, float]:
     """Forward and backward of every micro-batch; this rank's (summed nll, largest logit, share of |gradient|²)."""
     found: list[torch.Tensor] = []
     for number, micro in enumerate(micro_batches):
-        loss, metrics = engine.forward(micro)
+        with pace.forward():
+            loss, metrics = engine.forward(micro)
         engine.backward(loss, max(tokens, 1.0), last=number == len(micro_batches) - 1)
         found.append(metrics)
     stacked = torch.stack(found).double()
@@ -191,6 +208,13 @@ def _quarantine(parts: Parts, point: Point, found: list[dict[str, Any]]) -> None
     parts.loader.exclude({entry["sample"]: entry["why"] for entry in entries})
 
 
+def _tell_straggler(parts: Parts, point: Point, slow: Straggler) -> None:
+    parts.tracker.log("straggler", step=point.step, **asdict(slow))
+    if parts.engine.world.main:
+        times = f"{slow.seconds:.3f} s for the forward passes of a step, the typical rank {slow.typical:.3f} s"
+        warn(f"step {point.step}: rank {slow.rank} on {slow.host} takes {times}")
+
+
 def _tell_skipped(parts: Parts, point: Point, fault: str) -> None:
     parts.tracker.log("skip", step=point.step, why=fault)
     if parts.engine.world.main:
@@ -202,6 +226,7 @@ def _go_back(parts: Parts, point: Point) -> str:
 
     The loader stays where it is: the samples since that checkpoint are stepped over.
     """
+    _finish_save(parts, point)  # it may be the one to go back to
     guard, engine, folder = parts.guard, parts.engine, parts.rundir.checkpoints
     why = f"{guard.skipped} steps on end were not taken, the last of them {point.step} (see guard in the configuration)"
     if guard.returns >= RETURNS:
@@ -237,9 +262,9 @@ def _evaluate(parts: Parts, point: Point, progress: Progress) -> float | None:
 
 
 def _save(parts: Parts, point: Point, *, heldout: float | None = None, ephemeral: bool = False) -> None:
-    """Write a checkpoint on every rank, then remove old ones."""
+    """Begin to write a checkpoint, on every rank; the one before is finished first."""
+    _finish_save(parts, point)
     parts.watch.enter("save", point.step)
-    began = time.perf_counter()
     trainer = {
         "step": point.step,
         "tokens": point.tokens,
@@ -249,12 +274,19 @@ def _save(parts: Parts, point: Point, *, heldout: float | None = None, ephemeral
         "guard": parts.guard.state(),
         **parts.identity,
     }
-    folder, engine = parts.rundir.checkpoints, parts.engine
-    extra = {"trainer": trainer, "files": parts.files}
-    size = save_checkpoint(folder, point.step, engine.adapter, engine.world, extra, parts.owner)
-    if engine.world.main:
-        prune(folder, parts.config.checkpoint)
-    parts.tracker.log("checkpoint", step=point.step, seconds=time.perf_counter() - began, bytes=size)
+    parts.saver.begin(point.step, {"trainer": trainer, "files": parts.files})
+
+
+def _finish_save(parts: Parts, point: Point) -> None:
+    """Make the checkpoint that was begun, if any, visible, on every rank, and remove old ones."""
+    if not parts.saver.pending:
+        return
+    parts.watch.enter("save", point.step)
+    saved = parts.saver.finish()
+    assert saved is not None
+    if parts.engine.world.main:
+        prune(parts.rundir.checkpoints, parts.config.checkpoint)
+    parts.tracker.log("checkpoint", **asdict(saved))
 
 
 def _end(parts: Parts, point: Point, code: int, why: str) -> int:

@@ -18,6 +18,7 @@ from millrace.data.corpus import Corpus
 from millrace.data.loader import Loader, build_loader, heldout_batches, heldout_manifests
 from millrace.data.state import LoaderState
 from millrace.engine.checkpoint.read import open_newest, remove_leftovers
+from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.distributed import World, join_world, leave_world, world_size
 from millrace.engine.engine import Engine
 from millrace.engine.guard import Guard
@@ -93,6 +94,7 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
                 peak_flops=peak,
                 heldout=_heldout(config, world),
                 sample=_sampler(config, model, tokenizer),
+                saver=Saver(rundir.checkpoints, engine.adapter, world, owner, background=config.checkpoint.background),
                 watch=watch,
                 guard=Guard(config.guard, resumed.guard),
                 point=resumed.point,

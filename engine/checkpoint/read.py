@@ -46,8 +46,9 @@ class Checkpoint:
         found: dict[str, list[tuple[int, int, str]]] = {}
         for rank in range(self.manifest["world"]):
             entry = json.loads((self.path / f"rank-{rank:05d}.json").read_text())
-            for key, (start, length) in entry["slices"].items():
-                found.setdefault(key, []).append((start, length, entry["file"]))
+            for file in entry.get("files", [entry]):  # one file a rank, before 0.2
+                for key, (start, length) in file["slices"].items():
+                    found.setdefault(key, []).append((start, length, file["file"]))
         return found
 
     @cached_property

@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,10 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+from millrace.core.errors import PeerLost
 from millrace.engine.distributed import World
 from millrace.engine.watchdog.config import WatchdogConfig
-from millrace.engine.watchdog.heartbeat import Heartbeat
+from millrace.engine.watchdog.heartbeat import Heartbeat, read
 from millrace.engine.watchdog.watcher import Job
+
+# What gloo and NCCL say when the other end is gone.
+_PEER_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 
 
 class Watch:
@@ -54,4 +59,11 @@ class Watch:
                 self._watcher.communicate()  # the end of its input is its end
             faulthandler.unregister(signal.SIGUSR2)
             self._stacks.close()
+        at = read(self._folder / "beat")
         shutil.rmtree(self._folder, ignore_errors=True)
+        if isinstance(error, RuntimeError) and (found := _PEER_LOST.search(str(error))):
+            place = f"in '{at.section}' of step {at.step} ({found[0]})"
+            raise PeerLost(
+                f"rank {self._job.rank} on {socket.gethostname()} lost another rank {place}; what that one said tells "
+                "why. The same command continues from the last checkpoint"
+            ) from error

@@ -20,9 +20,10 @@ from millrace.core.config import load_config
 from millrace.core.process import run_process
 from millrace.data.state import LoaderState
 from millrace.engine.checkpoint.read import digest, load_checkpoint, open_verified
-from millrace.engine.checkpoint.write import save_checkpoint
+from millrace.engine.checkpoint.saver import save_checkpoint
 from millrace.engine.distributed import World, join_world, leave_world, world_size
 from millrace.engine.engine import Engine
+from millrace.engine.pace import Pace
 from millrace.engine.precision import choose_precision
 from millrace.engine.zero import deepspeed_config
 from millrace.pretrain.config import PretrainConfig, resolve
@@ -69,7 +70,7 @@ def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str
                 spoil(engine, batch, float(spoilt[str(number)]))
                 continue
             (tokens,) = world.sum(batch.local_tokens)
-            nll, _, square = _accumulate(engine, batch.micro_batches, tokens)
+            nll, _, square = _accumulate(engine, batch.micro_batches, tokens, Pace(world, ""))
             grads = engine.norms(gradients=True)
             if scenario.get("gradient") and not gradient:
                 from deepspeed.utils import safe_get_full_grad

@@ -15,6 +15,7 @@ from typing import Any
 
 from millrace.core.process import run_process
 from millrace.data.loader import Loader
+from millrace.engine.checkpoint import write
 from millrace.engine.distributed import World
 from millrace.pretrain import loop
 from millrace.pretrain import run as pretrain_run
@@ -41,16 +42,26 @@ def loss(fault: dict[str, Any]) -> None:
     loop.Engine.forward = faulty  # type: ignore[method-assign]
 
 
-def at_forward(fault: dict[str, Any]) -> None:
-    """The process sends itself a signal (by name) as a forward pass begins."""
-    forward = loop.Engine.forward
+SITES: dict[str, tuple[Any, str]] = {
+    "forward": (loop.Engine, "forward"),
+    "all-reduce": (World, "sum"),
+    "optimiser": (loop.Engine, "step"),
+    "save": (write, "write_tensors"),
+    "commit": (write, "fsync_folder"),
+}
 
-    def faulty(self: Any, micro: Any) -> Any:
+
+def send(fault: dict[str, Any]) -> None:
+    """The process sends itself a signal (by name) where a function of `SITES` begins."""
+    place, name = SITES[fault["at"]]
+    real = getattr(place, name)
+
+    def faulty(*arguments: Any) -> Any:
         if due(fault):
             os.kill(os.getpid(), getattr(signal, fault["signal"]))
-        return forward(self, micro)
+        return real(*arguments)
 
-    loop.Engine.forward = faulty  # type: ignore[method-assign]
+    setattr(place, name, faulty)
 
 
 def never_reads(fault: dict[str, Any]) -> None:
@@ -77,7 +88,19 @@ def leaves_out_a_sum(fault: dict[str, Any]) -> None:
     World.sum = faulty  # type: ignore[method-assign]
 
 
-KINDS = {"loss": loss, "signal": at_forward, "read": never_reads, "sum": leaves_out_a_sum}
+def slow(fault: dict[str, Any]) -> None:
+    """Forward passes take longer by so many seconds."""
+    forward = loop.Engine.forward
+
+    def faulty(self: Any, micro: Any) -> Any:
+        if due(fault):
+            time.sleep(fault["seconds"])
+        return forward(self, micro)
+
+    loop.Engine.forward = faulty  # type: ignore[method-assign]
+
+
+KINDS = {"loss": loss, "signal": send, "read": never_reads, "sum": leaves_out_a_sum, "slow": slow}
 
 
 def count_steps() -> None:

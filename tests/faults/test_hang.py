@@ -21,7 +21,7 @@ def twin(config_file: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 FAULTS = {
-    "stopped": {"kind": "signal", "signal": "SIGSTOP"},
+    "stopped": {"kind": "signal", "at": "forward", "signal": "SIGSTOP"},
     "read": {"kind": "read"},
     "left out": {"kind": "sum"},
 }
