@@ -37,7 +37,10 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(load(CLASSES[options.command]), files[0], [a for a in passed_on if "=" in a])
     run_dir = Path(config.run.dir) / config.run.name
     command = ["-m", f"millrace.{options.command}", *passed_on]
-    job = submit(render(load_config(SlurmConfig, options.site, mine), command, run_dir), run_dir, options.dry_run)
+    script = render(
+        load_config(SlurmConfig, options.site, mine), command, run_dir, config.train.batch // config.train.micro_batch
+    )
+    job = submit(script, run_dir, options.dry_run)
     if job is not None:
         print(job)
     return 0
