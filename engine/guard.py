@@ -27,14 +27,13 @@ class GuardConfig:
 
     sigma: float = option(6.0, "standard deviations above the mean at which a step is not taken; 0: whatever is finite")
     window: int = option(128, "steps that make the mean; nothing finite is judged before so many were taken")
+    replicas: int = option(100, "steps between comparisons of the ranks' weights, beside each save (ZeRO 0); 0: never")
     skips: int = option(8, "steps not taken on end after which the run goes back to a checkpoint; 0: never")
 
     def __post_init__(self) -> None:
-        if self.sigma < 0 or self.window < 2 or self.skips < 0:
-            raise UserError(
-                f"guard.sigma = {self.sigma}, guard.window = {self.window}, guard.skips = {self.skips}: give sigma and "
-                "skips of 0 or more, and a window of at least 2"
-            )
+        for key, least in {"sigma": 0, "window": 2, "skips": 0, "replicas": 0}.items():
+            if getattr(self, key) < least:
+                raise UserError(f"guard.{key} = {getattr(self, key)}: give {least} or more")
 
 
 class Guard:

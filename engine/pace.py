@@ -33,8 +33,8 @@ class Straggler:
 class Pace:
     """Measures this rank's forward passes and compares the ranks."""
 
-    def __init__(self, world: World, host: str) -> None:
-        self._world, self._host = world, host
+    def __init__(self, world: World, hosts: Sequence[str]) -> None:
+        self._world, self._hosts = world, hosts
         self._steps: list[float] = []
         self._now: list[Any] = []
 
@@ -53,15 +53,15 @@ class Pace:
             return []
         typical = statistics.median(self._steps)
         self._steps.clear()
-        return stragglers(self._world.gather_objects((self._host, typical)))
+        return stragglers(self._world.gather_objects(typical), self._hosts)
 
 
-def stragglers(found: Sequence[tuple[str, float]]) -> list[Straggler]:
-    """Of every rank's (node, seconds), those that are far above the lower median."""
-    typical = statistics.median_low(seconds for _, seconds in found)
+def stragglers(found: Sequence[float], hosts: Sequence[str]) -> list[Straggler]:
+    """Of every rank's seconds, those that are far above the lower median."""
+    typical = statistics.median_low(found)
     return [
-        Straggler(rank, host, seconds, typical)
-        for rank, (host, seconds) in enumerate(found)
+        Straggler(rank, hosts[rank], seconds, typical)
+        for rank, seconds in enumerate(found)
         if seconds > max(_SLOWER * typical, typical + _AT_LEAST)
     ]
 

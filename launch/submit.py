@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
         prog="millrace submit",
         description="Submit a run as a Slurm job. What the job asks for comes from --site (a TOML file) and from "
         "slurm.key=value; everything else is as for `millrace pretrain`.",
-        epilog="example: millrace submit configs/tiny.toml slurm.nodes=2 slurm.gpus_per_node=8 "
+        epilog="example: millrace submit configs/tiny.toml train.micro_batch=2 slurm.nodes=2 slurm.gpus_per_node=8 "
         "slurm.time=12:00:00 --dry-run",
     )
     parser.add_argument("arguments", nargs="+", metavar="CONFIG.toml section.key=value")

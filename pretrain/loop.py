@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from millrace.engine.engine import Engine
 from millrace.engine.guard import RETURNS, Guard
 from millrace.engine.owner import Ownership
 from millrace.engine.pace import Pace, Straggler
+from millrace.engine.replicas import compare_replicas
 from millrace.engine.signals import StopRequest
 from millrace.engine.watchdog.watch import Watch
 from millrace.eval.heldout import evaluate
@@ -65,7 +65,7 @@ def fit(parts: Parts) -> int:
     config, engine = parts.config, parts.engine
     world, duration = engine.world, config.train.duration
     point, last_saved = parts.point, parts.point.step
-    pace = Pace(world, socket.gethostname())
+    pace = Pace(world, parts.watch.hosts)
     steps, stepping, at = iter(parts.loader), 0.0, parts.watch.enter
     names = {"steps": "total_steps", "tokens": "total_tokens", "s": "total_seconds"}
     total: dict[str, Any] = {names[duration.unit]: duration.value}
@@ -112,11 +112,14 @@ def fit(parts: Parts) -> int:
                 _tell_skipped(parts, point, fault)
             if parts.guard.lost and (stuck := _go_back(parts, point)):
                 return _end(parts, point, STOP, stuck)
+            regular = _due(config.checkpoint.every, before, point)
+            saves = regular or _due(config.checkpoint.between, before, point)
+            if odd := _odd_replicas(parts, before, point, saves):
+                return _end(parts, point, CONTINUE, odd)
             heldout = None
             if _due(config.eval.every, before, point) and point.fraction(duration) < 1:
                 heldout = _evaluate(parts, point, progress)
-            regular = _due(config.checkpoint.every, before, point)
-            if regular or _due(config.checkpoint.between, before, point):
+            if saves:
                 _save(parts, point, heldout=heldout, ephemeral=not regular)
                 last_saved = point.step
         if point.step > last_saved:
@@ -242,6 +245,18 @@ def _go_back(parts: Parts, point: Point) -> str:
     return ""
 
 
+def _odd_replicas(parts: Parts, before: Point, point: Point, saves: bool) -> str:
+    """What is wrong with the ranks' copies of the weights; looked at now and then, and before they are saved."""
+    every = Duration(parts.config.guard.replicas, "steps")
+    if not every.value or not (saves or _due(every, before, point)):
+        return ""
+    odd = compare_replicas(parts.engine.adapter, parts.engine.world, parts.watch.hosts)
+    if odd:
+        _finish_save(parts, point)  # it was looked at before it was begun
+        parts.tracker.log("replicas", step=point.step, why=odd)
+    return odd
+
+
 def _evaluate(parts: Parts, point: Point, progress: Progress) -> float | None:
     """Held-out loss (returned, where there is a held-out part) and samples, on every rank; into the ledger."""
     loss = None
@@ -294,6 +309,6 @@ def _end(parts: Parts, point: Point, code: int, why: str) -> int:
     parts.tracker.log("end", step=point.step, outcome=code, why=why)
     if parts.engine.world.main:
         parts.rundir.write_outcome(code, why, point.step)
-        say(f"step {point.step}: {why}" + ("; saved, the same command continues" if code == CONTINUE else ""))
+        say(f"step {point.step}: {why}" + ("; the same command continues" if code == CONTINUE else ""))
     parts.engine.world.barrier()
     return code

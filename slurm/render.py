@@ -62,7 +62,7 @@ exit {CONTINUE}
 def render(config: SlurmConfig, command: Sequence[str], run_dir: str | Path, shares: int | None = None) -> str:
     """Return the text of an sbatch script that runs `command` on every node of `config`.
 
-    `shares` is into how many equal parts the global batch can be cut; with `max_nodes` the job takes as many nodes
+    `shares` is the number of micro-batches in a global batch; with `max_nodes` the job takes as many nodes
     as divide it.
 
     `command` is what `accelerate launch` takes after its own options: `["-m", "millrace.pretrain", CONFIG]`
@@ -139,9 +139,10 @@ def usable_nodes(config: SlurmConfig, shares: int | None) -> list[int]:
     counts = range(config.max_nodes or config.nodes, config.nodes - 1, -1)
     usable = [count for count in counts if shares is None or shares % (count * config.processes) == 0]
     if not usable:
+        many = f"{config.nodes} to {config.max_nodes}" if config.max_nodes else f"{config.nodes}"
         raise UserError(
-            f"the batch can be cut into {shares} equal parts, which no number of nodes from {counts[-1]} to "
-            f"{counts[0]} with {config.processes} processes each divides; change slurm.nodes or train.batch"
+            f"train.batch gives {shares} micro-batches, which {many} nodes with {config.processes} processes each do "
+            "not divide; change slurm.nodes, train.batch or train.micro_batch"
         )
     return usable
 

@@ -27,7 +27,7 @@ class Beat:
 
 
 class Heartbeat:
-    """Written by the rank."""
+    """Written by the rank; `at` is the last (section, step)."""
 
     def __init__(self, path: Path) -> None:
         with open(path, "w+b") as file:
@@ -38,6 +38,7 @@ class Heartbeat:
 
     def enter(self, section: str, step: int) -> None:
         """Begin `section` of `step`; what was before has ended."""
+        self.at = section, step
         self._begun += 1
         _LAYOUT.pack_into(self._map, 0, SECTIONS.index(section), step, self._begun, time.monotonic())
 

@@ -20,7 +20,7 @@ from types import TracebackType
 from millrace.core.errors import PeerLost
 from millrace.engine.distributed import World
 from millrace.engine.watchdog.config import WatchdogConfig
-from millrace.engine.watchdog.heartbeat import Heartbeat, read
+from millrace.engine.watchdog.heartbeat import Heartbeat
 from millrace.engine.watchdog.watcher import Job
 
 # What gloo and NCCL say when the other end is gone.
@@ -30,16 +30,16 @@ _PEER_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote p
 class Watch:
     """A context in which this rank is watched; `enter` says what it is at.
 
-    Made on every rank. `owner` is the number of the run directory's owner. All threads' stacks are written when the
-    watcher asks by SIGUSR2.
+    Made on every rank; `hosts` names the node of each. `owner` is the number of the run directory's owner. All threads'
+    stacks are written when the watcher asks by SIGUSR2.
     """
 
     def __init__(self, config: WatchdogConfig, run: Path, world: World, owner: int) -> None:
-        hosts = world.gather_objects(socket.gethostname())
+        self.hosts: list[str] = world.gather_objects(socket.gethostname())
         self._enabled = config.enabled
         self._folder = Path(tempfile.mkdtemp(prefix="millrace-watch-"))
         self._beat = Heartbeat(self._folder / "beat")
-        self._job = Job(os.getpid(), str(self._folder), str(run), world.rank, hosts, owner, config.limits())
+        self._job = Job(os.getpid(), str(self._folder), str(run), world.rank, self.hosts, owner, config.limits())
         self.enter = self._beat.enter
 
     def __enter__(self) -> Watch:
@@ -59,10 +59,9 @@ class Watch:
                 self._watcher.communicate()  # the end of its input is its end
             faulthandler.unregister(signal.SIGUSR2)
             self._stacks.close()
-        at = read(self._folder / "beat")
         shutil.rmtree(self._folder, ignore_errors=True)
         if isinstance(error, RuntimeError) and (found := _PEER_LOST.search(str(error))):
-            place = f"in '{at.section}' of step {at.step} ({found[0]})"
+            place = "in '{}' of step {}".format(*self._beat.at) + f" ({found[0]})"
             raise PeerLost(
                 f"rank {self._job.rank} on {socket.gethostname()} lost another rank {place}; what that one said tells "
                 "why. The same command continues from the last checkpoint"

@@ -38,7 +38,7 @@ def run(config_path: str, scenario: dict[str, Any]) -> None:
         engine, model = build_engine(config, world, settings, loader.tokenizer.vocab_size)
         batch = next(loader)
         (tokens,) = world.sum(batch.local_tokens)
-        _accumulate(engine, batch.micro_batches, tokens, Pace(world, ""))
+        _accumulate(engine, batch.micro_batches, tokens, Pace(world, []))
         engine.step(0.02)
         files = run_files(config, model.config, loader.tokenizer)
         extra = {"trainer": {"step": 1, "loader": loader.state.to_dict()}, "files": files}

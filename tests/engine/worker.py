@@ -70,7 +70,7 @@ def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str
                 spoil(engine, batch, float(spoilt[str(number)]))
                 continue
             (tokens,) = world.sum(batch.local_tokens)
-            nll, _, square = _accumulate(engine, batch.micro_batches, tokens, Pace(world, ""))
+            nll, _, square = _accumulate(engine, batch.micro_batches, tokens, Pace(world, []))
             grads = engine.norms(gradients=True)
             if scenario.get("gradient") and not gradient:
                 from deepspeed.utils import safe_get_full_grad

@@ -13,6 +13,8 @@ import sys
 import time
 from typing import Any
 
+import torch
+
 from millrace.core.process import run_process
 from millrace.data.loader import Loader
 from millrace.engine.checkpoint import write
@@ -100,7 +102,22 @@ def slow(fault: dict[str, Any]) -> None:
     loop.Engine.forward = faulty  # type: ignore[method-assign]
 
 
-KINDS = {"loss": loss, "signal": send, "read": never_reads, "sum": leaves_out_a_sum, "slow": slow}
+def flip(fault: dict[str, Any]) -> None:
+    """One bit of one weight turns over as the step begins."""
+    forward = loop.Engine.forward
+
+    def faulty(self: Any, micro: Any) -> Any:
+        if due(fault) and not fault.get("done"):
+            fault["done"] = True
+            with torch.no_grad():
+                weight = next(iter(self.objective.parameters()))
+                weight.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << fault["bit"])
+        return forward(self, micro)
+
+    loop.Engine.forward = faulty  # type: ignore[method-assign]
+
+
+KINDS = {"loss": loss, "signal": send, "read": never_reads, "sum": leaves_out_a_sum, "slow": slow, "flip": flip}
 
 
 def count_steps() -> None:

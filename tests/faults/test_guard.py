@@ -18,7 +18,7 @@ def guard_state(checkpoint: Path) -> dict[str, Any]:
     return dict(Checkpoint(checkpoint).json("trainer")["guard"])
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_one_ranks_nan_is_skipped_by_all(runs: Any, stage: int) -> None:
     faults = [{"kind": "loss", "ranks": [1], "steps": [4, 5], "factor": "nan"}]
     run = runs("run", faults, "train.duration=8 steps", f"engine.zero_stage={stage}", *GUARD)
@@ -35,6 +35,7 @@ def test_one_ranks_nan_is_skipped_by_all(runs: Any, stage: int) -> None:
         assert all(map(math.isfinite, state["loss"] + state["grad_norm"]))
 
 
+@pytest.mark.slow
 def test_a_loss_a_hundred_times_too_large_is_not_taken(runs: Any) -> None:
     faults = [{"kind": "loss", "steps": [6], "factor": "100"}]
     run = runs("run", faults, "train.duration=8 steps", *GUARD)
@@ -69,6 +70,7 @@ def test_a_run_of_them_goes_back_to_a_checkpoint_and_steps_over_the_samples(runs
     assert guard_state(run.path / "checkpoints/step-00000014")["returns"] == 0  # a whole window since
 
 
+@pytest.mark.slow
 def test_goes_on_alike_when_killed_between(runs: Any) -> None:
     """The window, the count of skipped steps and what is in the weights are part of the checkpoint."""
     faults = [{"kind": "loss", "steps": [8, 9, 10], "factor": "inf"}]
@@ -80,6 +82,7 @@ def test_goes_on_alike_when_killed_between(runs: Any) -> None:
     assert parts.events("rollback")[0]["to"] == whole.events("rollback")[0]["to"] == 6
 
 
+@pytest.mark.slow
 def test_stops_where_going_back_does_not_help(runs: Any) -> None:
     faults = [{"kind": "loss", "steps": list(range(5, 99)), "factor": "nan"}]
     run = runs("run", faults, "train.duration=99 steps", *GUARD)

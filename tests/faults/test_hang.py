@@ -32,7 +32,9 @@ SAYS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=() if fault == "stopped" else pytest.mark.slow) for fault in FAULTS]
+)
 def test_a_hang_is_ended_named_and_continued(runs: Any, twin: Run, fault: str) -> None:
     import socket
 

@@ -190,9 +190,7 @@ def test_as_many_nodes_as_divide_the_batch(tmp_path: Path) -> None:
         shell = subprocess.run(["bash", "-c", chosen], env={"SLURM_JOB_NUM_NODES": str(got)}, capture_output=True)
         assert int(shell.stdout) == used
     assert "#SBATCH --nodes=4-8\n" in render(SlurmConfig(nodes=3, max_nodes=9), ["x.py"], tmp_path, shares=16)
-    with pytest.raises(
-        UserError, match="cut into 7 equal parts, which no number of nodes from 2 to 6 with 2 processes"
-    ):
+    with pytest.raises(UserError, match="gives 7 micro-batches, which 2 to 6 nodes with 2 processes each do not"):
         render(elastic, ["x.py"], tmp_path, shares=7)
 
 
