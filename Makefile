@@ -5,13 +5,14 @@ PIP := $(VENV)/bin/python -m pip
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python
 # The names of our folders (for mypy) come from pyproject.toml, through tests/house/typing_tree.py.
 
-.PHONY: help demo test lint sweep install ops constraints clean
+.PHONY: help demo test lint sweep faults install ops constraints clean
 
 help:
 	@echo "make demo         install, then pretrain on this machine's Python library, kill, resume, export, fine-tune"
 	@echo "make test         install, then run all tests"
 	@echo "make lint         ruff and mypy"
 	@echo "make sweep        the tests that take minutes each"
+	@echo "make faults       every fault that is injected, the slow ones too"
 	@echo "make constraints  write constraints.txt from what is installed"
 	@echo "make clean        remove what make made (not runs/)"
 
@@ -31,6 +32,9 @@ endif
 
 sweep: $(VENV)/stamp-dev $(VENV)/stamp-ops
 	$(RUN) -m pytest -m slow $(ARGS)
+
+faults: $(VENV)/stamp-dev $(VENV)/stamp-ops
+	$(RUN) -m pytest tests/faults $(ARGS)
 
 lint: $(VENV)/stamp-dev
 	$(VENV)/bin/ruff check .

@@ -16,6 +16,10 @@ class UserError(ValueError):
     """A mistake that the user can mend; the command line shows its message without a traceback."""
 
 
+class PeerLost(UserError):
+    """Another rank ended; every rank that notices says so."""
+
+
 def is_missing_path(name: str) -> bool:
     """Whether `name`, of which there is no folder, was meant as a path rather than as a hub's OWNER/NAME."""
     path = Path(name)

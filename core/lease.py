@@ -148,6 +148,11 @@ def acquire(run: Path) -> Lease:
         raise UserError(f"cannot write the run directory {run}: {error}") from None
 
 
+def holder(run: Path) -> Owner | None:
+    """Who owns the run directory `run`, or owned it last; None where nobody did."""
+    return _newest(run / "lease") if (run / "lease").is_dir() else None
+
+
 def _myself(number: int) -> Owner:
     return Owner(
         number=number,

@@ -109,6 +109,14 @@ class RunDir:
                 "or put these keys back to continue that run. Nothing was overwritten"
             )
 
+    def outcome_since(self, time: float) -> int | None:
+        """The code of an outcome written after `time` (of the clock `time.time`); None where there is none."""
+        try:
+            written = self.outcome.stat().st_mtime
+            return int(json.loads(self.outcome.read_text())["code"]) if written >= time else None
+        except (OSError, ValueError, KeyError):
+            return None
+
     def write_outcome(self, code: int, why: str, step: int) -> None:
         """Record how the run ended, for the batch script that started it."""
         write_atomic(self.outcome, json.dumps({"code": code, "why": why, "step": step}) + "\n")

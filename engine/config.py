@@ -40,6 +40,7 @@ class CheckpointConfig:
 
     every: Duration | None = option(Duration(500, "steps"), "between checkpoints: steps or time; one more at the end")
     between: Duration | None = option(None, "steps or time between further ones, each of which replaces the one before")
+    background: bool = option(True, "write while training goes on; a step then waits for one copy in memory only")
     keep: int = option(2, "newest checkpoints to keep; 0 keeps all")
     keep_every: int = option(0, "steps whose multiples are kept for ever, where there is a checkpoint; 0: none")
     keep_best: int = option(0, "checkpoints with the lowest held-out loss to keep, of those where it was measured")

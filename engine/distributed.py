@@ -31,6 +31,7 @@ class World:
     size: int
     device: torch.device
     accelerator: Accelerator
+    control: Any = None  # the process group of `sum` and of objects; None is the default one
 
     @property
     def main(self) -> bool:
@@ -39,13 +40,13 @@ class World:
 
     def sum(self, *values: float) -> list[float]:
         """The element-wise sum over all ranks, in float64 (integers stay exact up to 2^53)."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
         return tensor.tolist()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier()
+        dist.barrier(group=self.control)
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and return its (small) result on every rank; its UserError is raised on every rank."""
@@ -55,7 +56,7 @@ class World:
                 result[0] = action()
             except UserError as error:
                 result[1] = str(error)
-        dist.broadcast_object_list(result, src=0)
+        dist.broadcast_object_list(result, src=0, group=self.control)
         if result[1] is not None:
             raise UserError(result[1])
         return result[0]
@@ -63,7 +64,7 @@ class World:
     def gather_objects(self, item: Any) -> list[Any]:
         """`item` of every rank, on every rank. Small things only: it is pickled by torch between our own ranks."""
         out: list[Any] = [None] * self.size
-        dist.all_gather_object(out, item)
+        dist.all_gather_object(out, item, group=self.control)
         return out
 
 
@@ -114,7 +115,9 @@ def join_world(deepspeed_config: dict[str, Any]) -> World:
     size = dist.get_world_size()
     if size != int(os.environ["WORLD_SIZE"]):
         raise UserError(f"the launcher announced {os.environ['WORLD_SIZE']} ranks but {size} joined the group")
-    world = World(dist.get_rank(), size, accelerator.device, accelerator)
+    # Numbers that the host decides by stay on the host: over NCCL each would wait for all kernels before it.
+    control = None if use_cpu else dist.new_group(backend="gloo")
+    world = World(dist.get_rank(), size, accelerator.device, accelerator, control)
     check_alike(world, deepspeed_config)
     return world
 

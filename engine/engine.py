@@ -30,6 +30,7 @@ class Engine:
         # back even to reduce them with nobody (4% of a step).
         self._bucket = bucket_elements(trained)
         self.ds.enable_backward_allreduce = not self.adapter.replicated
+        self._norm: torch.Tensor | None = None
 
     def compile(self) -> None:
         """Compile the objective's forward."""
@@ -50,21 +51,32 @@ class Engine:
         if last and self.adapter.replicated and self.world.size > 1:
             self.ds.allreduce_gradients(self._bucket)
 
-    def step(self, lr: float) -> float:
-        """One optimiser step at learning rate `lr`; returns the global gradient norm before clipping."""
+    def gradient_square(self) -> torch.Tensor:
+        """This rank's share of the gradient's squared L2 norm, a float64 scalar; the ranks' sum is that of the whole.
+
+        Call it on every rank between the last backward and `step` or `discard`.
+        """
+        zero = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        if isinstance(self.adapter, PlainAdapter):
+            # DeepSpeed leaves these gradients as they are: every rank has them all, averaged, and clips by this.
+            self._norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.adapter.named if p.grad is not None])
+            return self._norm.double() ** 2 if self.world.main else zero
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for _, part in self._gradients()]
+        return torch.stack(norms).double().square().sum().to(zero.device) if norms else zero
+
+    def discard(self) -> None:
+        """Forget the gradients since the last step, on every rank: to the bit as if their batch had never been seen."""
+        self.adapter.discard()
+
+    def step(self, lr: float) -> None:
+        """One optimiser step at learning rate `lr`, after `gradient_square`."""
         for group in self.adapter.inner.param_groups:
             group["lr"] = lr
-        norm = self._clip_plain() if isinstance(self.adapter, PlainAdapter) else None
+        if isinstance(self.adapter, PlainAdapter) and self.clip:
+            assert self._norm is not None, "take gradient_square before the step"
+            params = [p for _, p in self.adapter.named if p.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(params, self.clip, self._norm)
         self.ds.step()
-        return float(self.ds.get_global_grad_norm() if norm is None else norm)
-
-    def _clip_plain(self) -> torch.Tensor:
-        """Stage 0 in fp32, where DeepSpeed leaves gradients as they are: every rank has them all, averaged."""
-        params = [p for _, p in self.adapter.named if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-        if self.clip:
-            torch.nn.utils.clip_grads_with_norm_(params, self.clip, norm)
-        return norm
 
     def norms(self, *, gradients: bool) -> dict[str, float]:
         """L2 norm by layer, of the weights or (between the last backward and `step`) of the gradients.

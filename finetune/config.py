@@ -8,6 +8,8 @@ from typing import Any
 from millrace.core.config import option, section, to_dict, variant
 from millrace.core.errors import UserError
 from millrace.engine.config import CheckpointConfig, EngineConfig
+from millrace.engine.guard import GuardConfig
+from millrace.engine.watchdog.config import WatchdogConfig
 from millrace.finetune import CONFIGS as OBJECTIVES
 from millrace.finetune.sections import (
     OPTIMIZERS,
@@ -35,6 +37,8 @@ class FinetuneConfig:
     schedule: Any = variant(SCHEDULES, "cosine", "the learning rate over time")
     train: FinetuneTrain = section(FinetuneTrain, "how much is trained")
     engine: EngineConfig = section(EngineConfig, "sharding and precision")
+    guard: GuardConfig = section(GuardConfig, "which steps are not taken")
+    watchdog: WatchdogConfig = section(WatchdogConfig, "how long a part of a step may take before the run is ended")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "when checkpoints are written")
     eval: EvalSection = section(EvalSection, "evaluation in the loop")
     track: TrackConfig = section(TrackConfig, "where figures go")

@@ -20,14 +20,16 @@ from millrace.core.registry import lookup
 from millrace.core.rundir import RunDir, write_atomic
 from millrace.core.units import Duration, fmt_count
 from millrace.data.loader import check_batch
-from millrace.data.state import LoaderState
 from millrace.data.stream import Deal
-from millrace.engine.checkpoint.read import Checkpoint, load_checkpoint, open_newest, remove_leftovers
+from millrace.engine.checkpoint.read import Checkpoint, open_newest, remove_leftovers
+from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.distributed import World, join_world, leave_world, world_size
 from millrace.engine.engine import Engine
+from millrace.engine.guard import Guard
 from millrace.engine.owner import Ownership, owned
 from millrace.engine.peak import peak_flops
 from millrace.engine.precision import choose_precision
+from millrace.engine.watchdog.watch import Watch
 from millrace.engine.zero import deepspeed_config, gather_by_block
 from millrace.finetune import REGISTRY
 from millrace.finetune.config import FinetuneConfig, check, fingerprint
@@ -45,8 +47,8 @@ from millrace.finetune.results import write_results
 from millrace.finetune.source import Source, find_source, open_tokenizer, pin
 from millrace.finetune.task import Build, Task
 from millrace.pretrain.loop import Parts, fit
+from millrace.pretrain.resume import resume
 from millrace.pretrain.run import versions
-from millrace.pretrain.schedule import Point
 from millrace.pretrain.tracking import Tracker
 
 
@@ -62,6 +64,7 @@ class Prepared:
     run_id: str
     base: str  # the Hugging Face folder or hub name of the first weights
     owner: Ownership
+    watch: Watch
 
 
 def finetune(config: FinetuneConfig) -> int:
@@ -97,15 +100,15 @@ def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precisi
     with prepare(config, world) as prepared:
         engine, model, peft = build_engine(config, prepared, world, settings)
         found, rejected = open_newest(prepared.rundir.checkpoints, world)
-        point, state = _resume(found, engine)
+        resumed = resume(found, engine)
         layout = _layout(config, prepared.task, model)
         deal = Deal(config.train.batch, config.train.micro_batch, world.rank, world.size)
-        loader = ExampleLoader(prepared.train, layout, deal, pad=_pad(prepared.tokenizer), state=state)
-        resolved = _in_steps(config, loader)
+        loader = ExampleLoader(prepared.train, layout, deal, pad=_pad(prepared.tokenizer), state=resumed.loader)
+        in_steps = _in_steps(config, loader)
         number = prepared.owner.number
         with Tracker(config.track, prepared.rundir.path, to_dict(config), world.main, number) as tracker:
             parts = Parts(
-                config=resolved,  # type: ignore[arg-type]  # the same sections, as far as the loop reads them
+                config=in_steps,  # type: ignore[arg-type]  # the same sections, as far as the loop reads them
                 engine=engine,
                 loader=loader,  # type: ignore[arg-type]
                 rundir=prepared.rundir,
@@ -116,11 +119,20 @@ def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precisi
                 peak_flops=sum(world.gather_objects(peak_flops(world.device, precision))),
                 heldout=_heldout(config, prepared, layout, world),
                 sample=prepared.task.sampler(model),
-                point=point,
+                saver=Saver(
+                    prepared.rundir.checkpoints,
+                    engine.adapter,
+                    world,
+                    prepared.owner,
+                    background=config.checkpoint.background,
+                ),
+                watch=prepared.watch,
+                guard=Guard(config.guard, resumed.guard),
+                point=resumed.point,
                 identity={"run_id": prepared.run_id, "source": prepared.base},
             )
             if found is not None:
-                tracker.log("resume", step=point.step, **{"from": str(found.path)}, rejected=rejected)
+                tracker.log("resume", step=parts.point.step, **{"from": str(found.path)}, rejected=rejected)
             tracker.log("start", **_start_record(parts, prepared, precision, found))
             if world.main:
                 write_atomic(prepared.rundir.config, to_toml(config))
@@ -161,9 +173,9 @@ def prepare(config: FinetuneConfig, world: World) -> Iterator[Prepared]:
     require_examples(train, f"data.train = '{data.train}'")
     rundir = RunDir(Path(config.run.dir) / config.run.name)
     identity = fingerprint(config, hash_examples(train))
-    with owned(rundir, identity, world) as owner:
+    with owned(rundir, identity, world) as owner, Watch(config.watchdog, rundir.path, world, owner.number) as watch:
         run_id, base = world.on_main(lambda: _claim(rundir, identity, source))
-        yield Prepared(task, tokenizer, train, heldout, rundir, run_id, base, owner)
+        yield Prepared(task, tokenizer, train, heldout, rundir, run_id, base, owner, watch)
 
 
 def _claim(rundir: RunDir, identity: dict[str, Any], source: Source) -> tuple[str, str]:
@@ -195,15 +207,6 @@ def build_engine(
     if config.engine.compile:
         engine.compile()
     return engine, model, peft
-
-
-def _resume(found: Checkpoint | None, engine: Engine) -> tuple[Point, LoaderState | None]:
-    if found is None:
-        return Point(), None
-    load_checkpoint(found, engine.adapter)
-    trainer = found.json("trainer")
-    point = Point(trainer["step"], trainer["tokens"], trainer["seconds"])
-    return point, LoaderState.from_dict(trainer["loader"])
 
 
 def _layout(config: FinetuneConfig, task: Task, model: Any) -> Layout:

@@ -54,7 +54,7 @@ COMMANDS = {
     ),
     "submit": (
         "render and submit a Slurm job",
-        "millrace submit configs/tiny.toml slurm.nodes=2 slurm.gpus_per_node=8 --dry-run",
+        "millrace submit configs/tiny.toml train.micro_batch=2 slurm.nodes=2 slurm.gpus_per_node=8 --dry-run",
         "millrace.launch.submit:main",
     ),
     "report": (

@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from millrace.core.console import error
+
 GRACE_SECONDS = 60.0
 
 
@@ -50,6 +52,7 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int:
     try:
         while any(child.poll() is None for child in children):
             if any(child.poll() for child in children):
+                _name_killed(children)
                 _end(children)
                 break
             time.sleep(0.1)
@@ -64,6 +67,14 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int:
         return 0
     first = next((c for c in bad if c > 0), bad[0])
     return first if first > 0 else 128 - first
+
+
+def _name_killed(children: list[subprocess.Popen[bytes]]) -> None:
+    """Those that could not say themselves why they ended."""
+    for rank, child in enumerate(children):
+        code = child.poll()
+        if code is not None and code < 0:
+            error(f"rank {rank} (process {child.pid}) was ended by {signal.Signals(-code).name}")
 
 
 def _end(children: list[subprocess.Popen[bytes]]) -> None:

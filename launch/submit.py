@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
         prog="millrace submit",
         description="Submit a run as a Slurm job. What the job asks for comes from --site (a TOML file) and from "
         "slurm.key=value; everything else is as for `millrace pretrain`.",
-        epilog="example: millrace submit configs/tiny.toml slurm.nodes=2 slurm.gpus_per_node=8 "
+        epilog="example: millrace submit configs/tiny.toml train.micro_batch=2 slurm.nodes=2 slurm.gpus_per_node=8 "
         "slurm.time=12:00:00 --dry-run",
     )
     parser.add_argument("arguments", nargs="+", metavar="CONFIG.toml section.key=value")
@@ -37,7 +37,10 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(load(CLASSES[options.command]), files[0], [a for a in passed_on if "=" in a])
     run_dir = Path(config.run.dir) / config.run.name
     command = ["-m", f"millrace.{options.command}", *passed_on]
-    job = submit(render(load_config(SlurmConfig, options.site, mine), command, run_dir), run_dir, options.dry_run)
+    script = render(
+        load_config(SlurmConfig, options.site, mine), command, run_dir, config.train.batch // config.train.micro_batch
+    )
+    job = submit(script, run_dir, options.dry_run)
     if job is not None:
         print(job)
     return 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from millrace.core.config import load_config
 from millrace.core.registry import load
+from millrace.core.rundir import RunDir
 from millrace.launch.local import run_ranks
 from millrace.pretrain.main import split_arguments
 
@@ -52,7 +55,11 @@ def _start(name: str, what: str, argv: list[str]) -> int:
     # Read it here first: a mistake is told once, at once, without starting ranks.
     config: Any = load_config(load(CLASSES[name]), path, overrides)
     processes = config.run.processes or _devices()
-    return run_ranks(f"millrace.{name}", argv, processes)
+    started = time.time()
+    code = run_ranks(f"millrace.{name}", argv, processes)
+    # Ranks that were ended from outside cannot return their outcome: it is in the run directory.
+    recorded = RunDir(Path(config.run.dir) / config.run.name).outcome_since(started)
+    return recorded if code and recorded else code
 
 
 def _devices() -> int:

@@ -11,6 +11,8 @@ from millrace.core.errors import UserError
 from millrace.core.units import Duration
 from millrace.data.config import DataConfig
 from millrace.engine.config import CheckpointConfig, EngineConfig
+from millrace.engine.guard import GuardConfig
+from millrace.engine.watchdog.config import WatchdogConfig
 from millrace.models.config import ModelConfig
 from millrace.pretrain.objectives import CONFIGS as OBJECTIVES
 from millrace.pretrain.optim import OPTIMIZERS
@@ -74,6 +76,8 @@ class PretrainConfig:
     schedule: Any = variant(SCHEDULES, "wsd", "the learning rate over time")
     train: TrainSection = section(TrainSection, "how much is trained")
     engine: EngineConfig = section(EngineConfig, "sharding and precision")
+    guard: GuardConfig = section(GuardConfig, "which steps are not taken")
+    watchdog: WatchdogConfig = section(WatchdogConfig, "how long a part of a step may take before the run is ended")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "when checkpoints are written")
     eval: EvalSection = section(EvalSection, "evaluation in the loop")
     track: TrackConfig = section(TrackConfig, "where figures go")

@@ -5,21 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from millrace.core.console import say, warn
-from millrace.core.errors import CONTINUE, DONE, UserError
+from millrace.core.errors import CONTINUE, DONE, STOP, UserError
 from millrace.core.rundir import RunDir
 from millrace.core.units import Duration
 from millrace.data.loader import Loader, spans_sha
+from millrace.engine.checkpoint.read import load_checkpoint, open_before
 from millrace.engine.checkpoint.retention import prune
-from millrace.engine.checkpoint.write import save_checkpoint
+from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.engine import Engine
+from millrace.engine.guard import RETURNS, Guard
 from millrace.engine.owner import Ownership
+from millrace.engine.pace import Pace, Straggler
+from millrace.engine.replicas import compare_replicas
 from millrace.engine.signals import StopRequest
+from millrace.engine.watchdog.watch import Watch
 from millrace.eval.heldout import evaluate
 from millrace.pretrain.config import PretrainConfig
 from millrace.pretrain.progress import Progress
@@ -37,6 +42,9 @@ class Parts:
     rundir: RunDir
     owner: Ownership
     tracker: Tracker
+    saver: Saver
+    guard: Guard
+    watch: Watch
     files: dict[str, str]  # written into every checkpoint: configuration, model and tokenizer
     flops_per_token: float
     peak_flops: float  # of all ranks together
@@ -50,41 +58,45 @@ def fit(parts: Parts) -> int:
     """Train to the configured duration, or until a signal asks to stop; returns the run's outcome code.
 
     Every step is: draw a whole global step, add up its targets over all ranks, accumulate the gradient of the summed
-    loss divided by that number, step once. The same decisions are taken on every rank, because they are functions of
-    all-reduced values only.
+    loss divided by that number, judge it, step once. The same decisions are taken on every rank, because they are
+    functions of all-reduced values only. A step that is not taken is counted like any other: the step's number says
+    which samples were drawn, and the learning rate follows it.
     """
     config, engine = parts.config, parts.engine
     world, duration = engine.world, config.train.duration
     point, last_saved = parts.point, parts.point.step
-    steps = iter(parts.loader)
+    pace = Pace(world, parts.watch.hosts)
+    steps, stepping, at = iter(parts.loader), 0.0, parts.watch.enter
     names = {"steps": "total_steps", "tokens": "total_tokens", "s": "total_seconds"}
     total: dict[str, Any] = {names[duration.unit]: duration.value}
     with StopRequest() as stop, Progress(**total, enabled=world.main) as progress:
         while point.fraction(duration) < 1:
+            number = point.step + 1
+            at("data", number)
             began = time.perf_counter()
             batch = next(steps)
             waited = time.perf_counter() - began
-            # One all-reduce before the first backward: targets, their text, who was asked to stop, and bad samples.
-            tokens, size, asked, bad, lost = world.sum(
-                batch.local_tokens, batch.local_bytes, bool(stop), len(batch.quarantined), parts.owner.lost()
-            )
-            if lost:
-                raise UserError(
-                    f"{parts.rundir.path} was taken over by another process while this one stood still; nothing more "
-                    "is written here"
-                )
+            at("collective", number)
+            tokens, size, bad, asked = _agree(parts, point, batch, bool(stop))
             if asked:
                 break
             lr = config.optim.lr * config.schedule.factor(point, duration)
-            nll, top = _accumulate(engine, batch.micro_batches, tokens)
+            at("first" if point is parts.point else "step", number)
+            nll, top, square = _accumulate(engine, batch.micro_batches, tokens, pace)
             tracked = _due(Duration(config.track.norms_every, "steps"), point, Point(point.step + 1))
             gradients = engine.norms(gradients=True) if tracked else None
-            norm = engine.step(lr)
-            spent = time.perf_counter() - began
-            # Rank 0's clock is everybody's: what is due by time must be due on all ranks.
-            nll, clock = world.sum(nll, spent if world.main else 0.0)
-            before = point
+            # Rank 0's clock is everybody's: what is due by time must be due on all ranks. The time of the optimiser,
+            # which comes after this last exchange, is counted with the next step.
+            spent = time.perf_counter() - began + stepping
+            at("collective", number)
+            nll, square, clock = world.sum(nll, square, spent if world.main else 0.0)
+            norm, before = math.sqrt(square), point
             point = Point(point.step + 1, point.tokens + int(tokens), point.seconds + clock)
+            fault = parts.guard.judge(point.step, len(batch.state.stages), nll / max(tokens, 1.0), norm)
+            at("step", number)
+            began = time.perf_counter()
+            engine.discard() if fault else engine.step(lr)
+            stepping = time.perf_counter() - began
             parts.identity["loader"] = batch.state.to_dict()
             record = _record(point, {"nll": nll, "tokens": tokens, "bytes": size, "lr": lr, "grad_norm": norm})
             record |= {"seconds": clock, "data_wait": waited, **_rates(parts, tokens, clock), "data": _data(batch)}
@@ -92,17 +104,27 @@ def fit(parts: Parts) -> int:
             progress.update(record)
             if tracked:
                 parts.tracker.log("norms", step=point.step, grad=gradients, **_weights(engine, top))
+            for slow in pace.step():
+                _tell_straggler(parts, point, slow)
             if bad:
                 _quarantine(parts, point, batch.quarantined)
+            if fault:
+                _tell_skipped(parts, point, fault)
+            if parts.guard.lost and (stuck := _go_back(parts, point)):
+                return _end(parts, point, STOP, stuck)
+            regular = _due(config.checkpoint.every, before, point)
+            saves = regular or _due(config.checkpoint.between, before, point)
+            if odd := _odd_replicas(parts, before, point, saves):
+                return _end(parts, point, CONTINUE, odd)
             heldout = None
             if _due(config.eval.every, before, point) and point.fraction(duration) < 1:
                 heldout = _evaluate(parts, point, progress)
-            regular = _due(config.checkpoint.every, before, point)
-            if regular or _due(config.checkpoint.between, before, point):
+            if saves:
                 _save(parts, point, heldout=heldout, ephemeral=not regular)
                 last_saved = point.step
         if point.step > last_saved:
             _save(parts, point, ephemeral=point.fraction(duration) < 1)
+        _finish_save(parts, point)
         if not stop and point.fraction(duration) >= 1:
             _evaluate(parts, point, progress)
             earlier = "" if point.step > parts.point.step else " before; raise train.duration to go on"
@@ -110,16 +132,35 @@ def fit(parts: Parts) -> int:
         return _end(parts, point, CONTINUE, f"asked to stop by {stop.name or 'another rank'}")
 
 
-def _accumulate(engine: Engine, micro_batches: list[Any], tokens: float) -> tuple[float, float]:
-    """Forward and backward of every micro-batch; (summed nll of this rank, largest logit)."""
+def _agree(parts: Parts, point: Point, batch: Any, asked: bool) -> list[float]:
+    """One all-reduce before the first backward: [targets, their text, bad samples, who was asked to stop].
+
+    With it goes whether the run is still ours, and whether the checkpoint under way is written everywhere.
+    """
+    mine = (batch.local_tokens, batch.local_bytes, len(batch.quarantined), asked)
+    *agreed, lost, writing = parts.engine.world.sum(*mine, parts.owner.lost(), parts.saver.writing)
+    if lost:
+        raise UserError(
+            f"{parts.rundir.path} was taken over by another process while this one stood still; nothing more is "
+            "written here"
+        )
+    if not writing:
+        _finish_save(parts, point)
+    return agreed
+
+
+def _accumulate(engine: Engine, micro_batches: list[Any], tokens: float, pace: Pace) -> tuple[float, float, float]:
+    """Forward and backward of every micro-batch; this rank's (summed nll, largest logit, share of |gradient|²)."""
     found: list[torch.Tensor] = []
     for number, micro in enumerate(micro_batches):
-        loss, metrics = engine.forward(micro)
+        with pace.forward():
+            loss, metrics = engine.forward(micro)
         engine.backward(loss, max(tokens, 1.0), last=number == len(micro_batches) - 1)
         found.append(metrics)
     stacked = torch.stack(found).double()
-    nll, top = torch.stack([stacked[:, 0].sum(), stacked[:, 1].max()]).tolist()  # one host read
-    return nll, top
+    figures = torch.stack([stacked[:, 0].sum(), stacked[:, 1].max(), engine.gradient_square()])
+    nll, top, square = figures.tolist()  # the step's only host read
+    return nll, top, square
 
 
 def _due(every: Duration | None, before: Point, after: Point) -> bool:
@@ -170,9 +211,56 @@ def _quarantine(parts: Parts, point: Point, found: list[dict[str, Any]]) -> None
     parts.loader.exclude({entry["sample"]: entry["why"] for entry in entries})
 
 
+def _tell_straggler(parts: Parts, point: Point, slow: Straggler) -> None:
+    parts.tracker.log("straggler", step=point.step, **asdict(slow))
+    if parts.engine.world.main:
+        times = f"{slow.seconds:.3f} s for the forward passes of a step, the typical rank {slow.typical:.3f} s"
+        warn(f"step {point.step}: rank {slow.rank} on {slow.host} takes {times}")
+
+
+def _tell_skipped(parts: Parts, point: Point, fault: str) -> None:
+    parts.tracker.log("skip", step=point.step, why=fault)
+    if parts.engine.world.main:
+        warn(f"step {point.step} was not taken: {fault}")
+
+
+def _go_back(parts: Parts, point: Point) -> str:
+    """Load the newest checkpoint that is older than the last step taken; empty, or why the run must stop.
+
+    The loader stays where it is: the samples since that checkpoint are stepped over.
+    """
+    _finish_save(parts, point)  # it may be the one to go back to
+    guard, engine, folder = parts.guard, parts.engine, parts.rundir.checkpoints
+    why = f"{guard.skipped} steps on end were not taken, the last of them {point.step} (see guard in the configuration)"
+    if guard.returns >= RETURNS:
+        return f"{why}, after {guard.returns} returns to a checkpoint"
+    found = open_before(folder, guard.taken, engine.world)
+    if found is None:
+        return f"{why}, and no checkpoint is older than the last step taken, {guard.taken}"
+    load_checkpoint(found, engine.adapter)
+    parts.tracker.log("rollback", step=point.step, to=found.step, why=why)
+    guard.go_back(found.json("trainer").get("guard", {}))
+    if engine.world.main:
+        warn(f"{why}: weights and moments are those of {found.path} now; the samples since are stepped over")
+    return ""
+
+
+def _odd_replicas(parts: Parts, before: Point, point: Point, saves: bool) -> str:
+    """What is wrong with the ranks' copies of the weights; looked at now and then, and before they are saved."""
+    every = Duration(parts.config.guard.replicas, "steps")
+    if not every.value or not (saves or _due(every, before, point)):
+        return ""
+    odd = compare_replicas(parts.engine.adapter, parts.engine.world, parts.watch.hosts)
+    if odd:
+        _finish_save(parts, point)  # it was looked at before it was begun
+        parts.tracker.log("replicas", step=point.step, why=odd)
+    return odd
+
+
 def _evaluate(parts: Parts, point: Point, progress: Progress) -> float | None:
     """Held-out loss (returned, where there is a held-out part) and samples, on every rank; into the ledger."""
     loss = None
+    parts.watch.enter("eval", point.step)
     if parts.heldout is not None:
         began = time.perf_counter()
         found = evaluate(parts.engine, parts.heldout())
@@ -189,28 +277,38 @@ def _evaluate(parts: Parts, point: Point, progress: Progress) -> float | None:
 
 
 def _save(parts: Parts, point: Point, *, heldout: float | None = None, ephemeral: bool = False) -> None:
-    """Write a checkpoint on every rank, then remove old ones."""
-    began = time.perf_counter()
+    """Begin to write a checkpoint, on every rank; the one before is finished first."""
+    _finish_save(parts, point)
+    parts.watch.enter("save", point.step)
     trainer = {
         "step": point.step,
         "tokens": point.tokens,
         "seconds": point.seconds,
         "heldout": heldout,
         "ephemeral": ephemeral,
+        "guard": parts.guard.state(),
         **parts.identity,
     }
-    folder, engine = parts.rundir.checkpoints, parts.engine
-    extra = {"trainer": trainer, "files": parts.files}
-    size = save_checkpoint(folder, point.step, engine.adapter, engine.world, extra, parts.owner)
-    if engine.world.main:
-        prune(folder, parts.config.checkpoint)
-    parts.tracker.log("checkpoint", step=point.step, seconds=time.perf_counter() - began, bytes=size)
+    parts.saver.begin(point.step, {"trainer": trainer, "files": parts.files})
+
+
+def _finish_save(parts: Parts, point: Point) -> None:
+    """Make the checkpoint that was begun, if any, visible, on every rank, and remove old ones."""
+    if not parts.saver.pending:
+        return
+    parts.watch.enter("save", point.step)
+    saved = parts.saver.finish()
+    assert saved is not None
+    if parts.engine.world.main:
+        prune(parts.rundir.checkpoints, parts.config.checkpoint)
+    parts.tracker.log("checkpoint", **asdict(saved))
 
 
 def _end(parts: Parts, point: Point, code: int, why: str) -> int:
+    parts.watch.enter("eval", point.step)
     parts.tracker.log("end", step=point.step, outcome=code, why=why)
     if parts.engine.world.main:
         parts.rundir.write_outcome(code, why, point.step)
-        say(f"step {point.step}: {why}" + ("; saved, the same command continues" if code == CONTINUE else ""))
+        say(f"step {point.step}: {why}" + ("; the same command continues" if code == CONTINUE else ""))
     parts.engine.world.barrier()
     return code

@@ -11,7 +11,7 @@ from typing import Any
 
 from millrace.core.config import load_config
 from millrace.core.console import error
-from millrace.core.errors import CONTINUE, DONE, UserError
+from millrace.core.errors import CONTINUE, DONE, PeerLost, UserError
 
 FAILED = 1
 
@@ -43,7 +43,8 @@ def main_rank(cls: type[Any], run: Callable[[Any], int], argv: Sequence[str]) ->
     except (UserError, OSError) as problem:
         if debug:
             raise
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        if rank == "0" or isinstance(problem, PeerLost):
             error(str(problem))
         return FAILED
     except KeyboardInterrupt:

@@ -17,12 +17,15 @@ from millrace.core.units import fmt_count
 from millrace.data.corpus import Corpus
 from millrace.data.loader import Loader, build_loader, heldout_batches, heldout_manifests
 from millrace.data.state import LoaderState
-from millrace.engine.checkpoint.read import Checkpoint, load_checkpoint, open_newest, remove_leftovers
+from millrace.engine.checkpoint.read import open_newest, remove_leftovers
+from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.distributed import World, join_world, leave_world, world_size
 from millrace.engine.engine import Engine
+from millrace.engine.guard import Guard
 from millrace.engine.owner import owned
 from millrace.engine.peak import peak_flops
 from millrace.engine.precision import choose_precision
+from millrace.engine.watchdog.watch import Watch
 from millrace.engine.zero import deepspeed_config, gather_by_block
 from millrace.eval.generate import continue_text
 from millrace.eval.report import write_report
@@ -32,7 +35,7 @@ from millrace.models.packing import check_packable
 from millrace.pretrain.config import PretrainConfig, fingerprint, resolve
 from millrace.pretrain.loop import Parts, fit
 from millrace.pretrain.objectives import REGISTRY as OBJECTIVES
-from millrace.pretrain.schedule import Point
+from millrace.pretrain.resume import resume
 from millrace.pretrain.tracking import Tracker
 
 
@@ -68,16 +71,16 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
         tokenizer = probe.tokenizer
     check_packable(hf_config(config.model, tokenizer.vocab_size, config.data.sequence_length).model_type)
     identity = _identity(config, rundir, corpus)
-    with owned(rundir, identity, world) as owner:
+    with owned(rundir, identity, world) as owner, Watch(config.watchdog, rundir.path, world, owner.number) as watch:
         run_id = world.on_main(lambda: _claim(rundir, identity))
         engine, model = build_engine(config, world, settings, tokenizer.vocab_size)
         found, rejected = open_newest(rundir.checkpoints, world)
-        point, state, steps = _resume(found, engine)
+        resumed = resume(found, engine)
         files = run_files(config, model.config, tokenizer)
         peak = sum(world.gather_objects(peak_flops(world.device, precision)))
         with (
             Tracker(config.track, rundir.path, to_dict(config), world.main, owner.number) as tracker,
-            build_loader_at(config, world, state) as loader,
+            build_loader_at(config, world, resumed.loader) as loader,
         ):
             parts = Parts(
                 config=config,
@@ -91,13 +94,17 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
                 peak_flops=peak,
                 heldout=_heldout(config, world),
                 sample=_sampler(config, model, tokenizer),
-                point=point,
+                saver=Saver(rundir.checkpoints, engine.adapter, world, owner, background=config.checkpoint.background),
+                watch=watch,
+                guard=Guard(config.guard, resumed.guard),
+                point=resumed.point,
                 identity={"run_id": run_id},
             )
             loader.exclude(world.on_main(lambda: _quarantined(rundir)))
             if found is not None:
-                tracker.log("resume", step=point.step, **{"from": str(found.path)}, rejected=rejected)
-            tracker.log("start", **_start_record(parts, model, (run_id, precision, steps), corpus))
+                tracker.log("resume", step=parts.point.step, **{"from": str(found.path)}, rejected=rejected)
+            how = (run_id, precision, parts.point.step if found else None)
+            tracker.log("start", **_start_record(parts, model, how, corpus))
             if world.main:
                 write_atomic(rundir.config, to_toml(config))
                 _announce(parts, model, precision)
@@ -152,15 +159,6 @@ def _claim(rundir: RunDir, identity: dict[str, Any]) -> str:
     remove_leftovers(rundir.checkpoints)
     rundir.outcome.unlink(missing_ok=True)
     return run_id
-
-
-def _resume(found: Checkpoint | None, engine: Engine) -> tuple[Point, LoaderState | None, int | None]:
-    if found is None:
-        return Point(), None, None
-    load_checkpoint(found, engine.adapter)
-    trainer = found.json("trainer")
-    point = Point(trainer["step"], trainer["tokens"], trainer["seconds"])
-    return point, LoaderState.from_dict(trainer["loader"]), point.step
 
 
 def run_files(config: PretrainConfig, hf_config: Any, tokenizer: Any) -> dict[str, str]:

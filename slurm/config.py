@@ -34,6 +34,9 @@ _KEYS = {
     "-J": "job_name",
     "--output": "log",
     "-o": "log",
+    "--signal": "grace",
+    "--requeue": "requeue",
+    "--no-requeue": "requeue",
 }
 
 
@@ -46,6 +49,7 @@ class SlurmConfig:
     """
 
     nodes: int = option(1, "number of nodes")
+    max_nodes: int = option(0, "take up to so many nodes, as many as there are and the batch divides; 0 = nodes")
     gpus_per_node: int = option(0, "GPUs on each node; 0 trains on the CPU")
     processes_per_node: int = option(0, "training processes on each node; 0 = one per GPU, or one without GPUs")
     cpus_per_task: int = option(0, "CPU cores on each node, shared by its processes; 0 = one per process")
@@ -55,6 +59,8 @@ class SlurmConfig:
     qos: str = option("", "quality of service; empty = the default")
     job_name: str = option("", "name in the queue; empty = the run directory's name")
     log: str = option("", "file of the job's output, %j is the job's number; empty = RUN/slurm/%j.out")
+    requeue: bool = option(True, "start again by itself after a preemption, the time limit, a lost node or a crash")
+    grace: int = option(120, "seconds before the time limit at which the run is asked to save and end")
     container: str = option("", "container image (a path or URI), started by pyxis: srun --container-image")
     container_mounts: list[str] = option([], "further SOURCE:TARGET mounts; the run directory is always mounted")
     accelerate_config: str = option("", "file for accelerate launch --config_file; empty = --use_deepspeed")
@@ -90,11 +96,15 @@ class SlurmConfig:
 
 
 def _check_numbers(config: SlurmConfig) -> None:
-    least = {"nodes": 1, "gpus_per_node": 0, "processes_per_node": 0, "cpus_per_task": 0}
+    least = {"nodes": 1, "max_nodes": 0, "grace": 1, "gpus_per_node": 0, "processes_per_node": 0, "cpus_per_task": 0}
     for key, smallest in least.items():
         value = getattr(config, key)
         if value < smallest:
             raise ValueError(f"{key} = {value} is too small; it is a whole number from {smallest} up")
+    if config.max_nodes and config.max_nodes < config.nodes:
+        raise ValueError(
+            f"max_nodes = {config.max_nodes} is less than nodes = {config.nodes}; raise it, or leave it out"
+        )
     if config.gpus_per_node and config.processes > config.gpus_per_node:
         raise ValueError(
             f"processes_per_node = {config.processes} is more than gpus_per_node = {config.gpus_per_node}; "

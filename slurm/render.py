@@ -12,6 +12,8 @@ from millrace.core.errors import CONTINUE, DONE, STOP, UserError
 from millrace.core.rundir import RunDir
 from millrace.slurm.config import SlurmConfig
 
+STARTS = 3  # without a newer checkpoint, after which a job is not started again
+
 # NodeAddr is the name or address by which Slurm itself reaches a node from the others (`man slurm.conf`), the
 # node's name unless the administrator says otherwise. The port lies below those that Linux hands out itself.
 _RENDEZVOUS = """\
@@ -30,24 +32,53 @@ if [[ -r $outcome ]]; then
     {DONE} | {CONTINUE} | {STOP}) code=$recorded ;;
   esac
 fi
-exit "$code"
+"""
+
+# Not left to Slurm's RequeueExit, which only an administrator can set.
+_REQUEUE = f"""\
+if [[ $code == {DONE} || $code == {STOP} ]]; then exit "$code"; fi
+# Start again, but not after three starts that made no checkpoint.
+newest=none
+for path in "$run"/checkpoints/step-*; do
+  if [[ $path =~ /step-[0-9]+$ ]]; then newest=${{path##*/}}; fi
+done
+before='' starts=0
+if [[ -r $run/slurm/starts ]]; then read -r before starts < "$run/slurm/starts"; fi
+if [[ $newest == "$before" ]]; then starts=$((starts + 1)); else starts=1; fi
+echo "$newest $starts" > "$run/slurm/starts"
+if ((starts >= {STARTS})); then
+  why="{STARTS} starts on end made no checkpoint (newest: $newest)"
+  echo "job $SLURM_JOB_ID ended with $code: $why; it is not started again"
+  echo "{{\\"code\\": {STOP}, \\"why\\": \\"$why\\", \\"step\\": 0}}" > "$outcome"
+  rm -f "$run/slurm/starts"
+  exit {STOP}
+fi
+echo "job $SLURM_JOB_ID ended with $code and is queued again (newest checkpoint: $newest)"
+scontrol requeue "$SLURM_JOB_ID" || echo "it could not be queued again; submit it again"
+exit {CONTINUE}
 """
 
 
-def render(config: SlurmConfig, command: Sequence[str], run_dir: str | Path) -> str:
+def render(config: SlurmConfig, command: Sequence[str], run_dir: str | Path, shares: int | None = None) -> str:
     """Return the text of an sbatch script that runs `command` on every node of `config`.
+
+    `shares` is the number of micro-batches in a global batch; with `max_nodes` the job takes as many nodes
+    as divide it.
 
     `command` is what `accelerate launch` takes after its own options: `["-m", "millrace.pretrain", CONFIG]`
     or a script and its arguments. The job runs in the current directory: relative paths keep their meaning.
     It ends with the code in RUN/outcome.json (0 done, 75 continue me, 93 stop), or with srun's where there is
-    none. A container is started by pyxis and must hold `bash`, `accelerate` and millrace.
+    none; with `requeue` everything but 0 and 93 is started again, and ends with 93 after three starts without a
+    checkpoint. A container is started by pyxis and must hold `bash`, `accelerate` and millrace.
 
     Raises:
-        UserError: the run directory or the current one has a line break in its name.
+        UserError: the run directory or the current one has a line break in its name; no number of nodes divides the
+            batch.
     """
     assert command, "there is nothing to launch"
     run = RunDir(os.path.abspath(run_dir))
-    header = _header(config, run)
+    usable = usable_nodes(config, shares)
+    header = _header(config, run, usable)
     for line in header:
         if "\n" in line:
             raise UserError(f"{line!r} holds a line break, which an sbatch header cannot; rename that directory")
@@ -55,25 +86,32 @@ def render(config: SlurmConfig, command: Sequence[str], run_dir: str | Path) -> 
         "#!/usr/bin/env bash\n" + "".join(f"#SBATCH {shlex.quote(line)}\n" for line in header),
         _preamble(config),
         _RENDEZVOUS,
-        f"outcome={shlex.quote(str(run.outcome))}\n"
+        _nodes(usable),
+        f"run={shlex.quote(str(run.path))}\n"
+        "outcome=$run/outcome.json\n"
         "# What an earlier job left must not be taken for this one's.\n"
         'rm -f "$outcome"\n',
         "code=0\n" + _srun(config, command, run),
         _OUTCOME,
+        _REQUEUE if config.requeue else 'exit "$code"\n',
     ]
     return "\n".join(parts)
 
 
-def _header(config: SlurmConfig, run: RunDir) -> list[str]:
+def _header(config: SlurmConfig, run: RunDir, usable: list[int]) -> list[str]:
     # A percent sign starts one of Slurm's patterns (%j), so the run directory's own are doubled.
     log = config.log or str(run.path / "slurm").replace("%", "%%") + "/%j.out"
     lines = [
         f"--job-name={config.job_name or run.path.name}",
         f"--chdir={os.getcwd()}",
         f"--output={log}",
-        f"--nodes={config.nodes}",
+        f"--nodes={usable[-1]}" + (f"-{usable[0]}" if len(usable) > 1 else ""),
         "--ntasks-per-node=1",
         f"--cpus-per-task={config.cpus}",
+        # To the steps, not to this script, which then sees how the run ended.
+        f"--signal=USR1@{config.grace}",
+        "--open-mode=append",
+        "--requeue" if config.requeue else "--no-requeue",
     ]
     if config.gpus_per_node:
         lines.append(f"--gres=gpu:{config.gpus_per_node}")
@@ -84,18 +122,48 @@ def _header(config: SlurmConfig, run: RunDir) -> list[str]:
 
 
 def _preamble(config: SlurmConfig) -> str:
-    variables = {"OMP_NUM_THREADS": str(config.cpus // config.processes)} | config.environment
+    variables = {
+        "OMP_NUM_THREADS": str(config.cpus // config.processes),
+        # Without these torchrun, inside accelerate, dies of SIGUSR1, and kills ranks that save for more than 30 s.
+        "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(config.grace),
+    } | config.environment
     # `set -u` only after the set-up: activation scripts and `module` read variables that are not set.
     lines = ["set -eo pipefail", *config.setup, "set -u"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     return "\n".join(lines) + "\n"
 
 
+def usable_nodes(config: SlurmConfig, shares: int | None) -> list[int]:
+    """Numbers of nodes among which the batch can be divided, the largest first."""
+    counts = range(config.max_nodes or config.nodes, config.nodes - 1, -1)
+    usable = [count for count in counts if shares is None or shares % (count * config.processes) == 0]
+    if not usable:
+        many = f"{config.nodes} to {config.max_nodes}" if config.max_nodes else f"{config.nodes}"
+        raise UserError(
+            f"train.batch gives {shares} micro-batches, which {many} nodes with {config.processes} processes each do "
+            "not divide; change slurm.nodes, train.batch or train.micro_batch"
+        )
+    return usable
+
+
+def _nodes(usable: list[int]) -> str:
+    """The number of nodes that the run takes, of those that the job got."""
+    if len(usable) == 1:
+        return f"nodes={usable[0]}\n"
+    return (
+        "# Of the nodes that the job got, as many as divide the batch.\n"
+        f"for nodes in {' '.join(map(str, usable))}; do\n"
+        "  if ((nodes <= SLURM_JOB_NUM_NODES)); then break; fi\n"
+        "done\n"
+        'echo "using $nodes of $SLURM_JOB_NUM_NODES nodes"\n'
+    )
+
+
 def _srun(config: SlurmConfig, command: Sequence[str], run: RunDir) -> str:
     # srun does not inherit --cpus-per-task (since 22.05), nor the environment under sbatch --export=NONE.
     step = [
-        f"--nodes={config.nodes}",
-        f"--ntasks={config.nodes}",
+        "--relative=0",
         "--ntasks-per-node=1",
         f"--cpus-per-task={config.cpus}",
         "--kill-on-bad-exit=1",
@@ -112,10 +180,10 @@ def _srun(config: SlurmConfig, command: Sequence[str], run: RunDir) -> str:
     if config.accelerate_config:
         deepspeed = ["--config_file", config.accelerate_config]
     rows = [
-        "srun " + shlex.join(step),
+        'srun --nodes="$nodes" --ntasks="$nodes" ' + shlex.join(step),
         "bash -c " + shlex.quote(inner) + " accelerate",
         shlex.join(deepspeed) + " --deepspeed_multinode_launcher standard",
-        f"--num_machines {config.nodes} --num_processes {config.nodes * config.processes}",
+        f'--num_machines "$nodes" --num_processes $((nodes * {config.processes}))',
         '--main_process_ip "$main_ip" --main_process_port "$main_port"',
         shlex.join(command) + " || code=$?",
     ]

@@ -27,6 +27,19 @@ def run_world(script: Path, world: int, arguments: Sequence[str] = (), timeout: 
     Raises:
         AssertionError: a rank failed, or the deadline passed; the message holds every rank's output.
     """
+    codes, outputs = launch_world(script, world, arguments, timeout)
+    joined = "\n".join(f"--- rank {r}\n{o[-4000:]}" for r, o in enumerate(outputs))
+    assert not any(codes) and len(outputs) == world, f"exit codes {codes}\n{joined}"
+    return outputs[0]
+
+
+def launch_world(
+    script: Path, world: int, arguments: Sequence[str] = (), timeout: float = 240
+) -> tuple[list[int], list[str]]:
+    """Run `script` as `world` ranks; returns every rank's exit code (negative: the signal) and output.
+
+    When the deadline passes, all are killed, and the last output says so.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -59,7 +72,4 @@ def run_world(script: Path, world: int, arguments: Sequence[str] = (), timeout: 
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
-    failed = [c.returncode for c in children if c.returncode]
-    joined = "\n".join(f"--- rank {r}\n{o[-4000:]}" for r, o in enumerate(outputs))
-    assert not failed and len(outputs) == world, f"exit codes {[c.returncode for c in children]}\n{joined}"
-    return outputs[0]
+    return [child.returncode for child in children], outputs

@@ -46,8 +46,9 @@ class Checkpoint:
         found: dict[str, list[tuple[int, int, str]]] = {}
         for rank in range(self.manifest["world"]):
             entry = json.loads((self.path / f"rank-{rank:05d}.json").read_text())
-            for key, (start, length) in entry["slices"].items():
-                found.setdefault(key, []).append((start, length, entry["file"]))
+            for file in entry.get("files", [entry]):  # one file a rank, before 0.2
+                for key, (start, length) in file["slices"].items():
+                    found.setdefault(key, []).append((start, length, file["file"]))
         return found
 
     @cached_property
@@ -154,6 +155,20 @@ def open_newest(folder: Path, world: World | None = None) -> tuple[Checkpoint | 
             "copy, or start a new run with another run.name; this run does not start over in silence"
         )
     return None, []
+
+
+def open_before(folder: Path, step: int, world: World) -> Checkpoint | None:
+    """The newest checkpoint that verifies and whose weights are older than those after `step`; call it on every rank.
+
+    A checkpoint written while steps were not taken holds the weights of the last that was.
+    """
+    for path in list_checkpoints(folder):
+        if verdict(path, world):
+            continue
+        found = Checkpoint(path)
+        if found.json("trainer").get("guard", {}).get("taken", found.step) < step:
+            return found
+    return None
 
 
 def open_verified(path: Path, world: World | None = None) -> Checkpoint:

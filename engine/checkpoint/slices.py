@@ -74,6 +74,13 @@ class Adapter:
         """Copy the masters into the weights that the forward pass uses."""
         raise NotImplementedError
 
+    def discard(self) -> None:
+        """Forget the gradients since the last step: bit for bit as if their batch had never been seen.
+
+        Merely not stepping would leave them to the next step. Done as DeepSpeed does it after an overflow.
+        """
+        self.wrapper.zero_grad(set_to_none=True)
+
     def owned(self) -> Iterator[Held]:
         """What this rank writes."""
         if not self.replicated:
@@ -190,6 +197,20 @@ class FlatAdapter(Adapter):
         with torch.no_grad():
             self.wrapper.update_lp_params()
 
+    def discard(self) -> None:
+        wrapper = self.wrapper
+        super().discard()
+        if not hasattr(wrapper, "averaged_gradients"):  # BF16_Optimizer: its `zero_grad` is enough
+            return
+        wrapper.micro_step_id = -1
+        wrapper._wait_for_offload_copies()
+        wrapper._release_preflattened_grad_buffers()
+        if wrapper.cpu_offload:
+            wrapper._offload_accumulated_param_ids = set()
+            wrapper.reset_cpu_buffers()
+        for group in wrapper.averaged_gradients:
+            wrapper.averaged_gradients[group] = wrapper.all_grad_tensors[group] = None
+
 
 class PartitionedAdapter(Adapter):
     """Stage 3: rank r holds elements [r·n, (r+1)·n) of every parameter, padded to n·world."""
@@ -219,6 +240,10 @@ class PartitionedAdapter(Adapter):
                 param.ds_tensor.data.copy_(master.narrow(0, offset, padded))
         if persistent:
             persistent[0].all_gather(persistent)
+
+    def discard(self) -> None:
+        self.wrapper._pre_step()
+        self.wrapper._overflow_clean_up(1.0)
 
 
 def adapter(ds: Any) -> Adapter:

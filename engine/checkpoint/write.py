@@ -1,7 +1,7 @@
 """Writing a checkpoint so that a visible `step-N` is complete by construction.
 
 Write into `step-N.tmp-…`, fsync every file and the folder; each rank writes `rank-R.json` with sizes and hashes; rank 0
-writes `MANIFEST.json` last; rename to `step-N`; fsync the parent.
+writes `MANIFEST.json` last; rename to `step-N`; fsync the parent. `Saver` calls these in turn.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,31 @@ import torch
 from millrace.core.rundir import fsync_folder
 from millrace.engine.checkpoint.slices import Adapter
 from millrace.engine.checkpoint.tensorfile import file_sha256, write_tensors
-from millrace.engine.distributed import World
 from millrace.engine.owner import Ownership
 
 FORMAT = 1
 ENGINE = "model"  # one engine now; the key keeps a place for several
+FILE_BYTES = 4 * 2**30  # of a file at most, but for its header
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements from `start` on of a parameter's state, flat; `key` is `engine|parameter|state`."""
+
+    key: str
+    start: int
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one rank writes: its slices; and on rank 0 what is written once, with what the manifest says."""
+
+    rank: int
+    slices: list[Slice]
+    fixed: dict[str, torch.Tensor]
+    extra: dict[str, Any]
+    facts: dict[str, Any]
 
 
 def step_name(step: int) -> str:
@@ -30,86 +51,74 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_checkpoint(
-    folder: Path, step: int, adapter: Adapter, world: World, extra: dict[str, Any], owner: Ownership | None = None
-) -> int:
-    """Write `folder/step-N` from all ranks and return its size in bytes; call it on every rank.
-
-    The `owner` of the run directory looks again whether it still is one before the checkpoint becomes visible.
-
-    `extra` holds JSON-able content by file name ("trainer": {...} → trainer.json) and, under "files", the text
-    files that later stages need beside the weights ({"config.toml": "…", "model/config.json": "…"}).
-
-    Raises:
-        OSError: the disk is full or not writable; on every rank, with `step-N` not visible and the temporary
-            folder removed.
-    """
-    final = folder / step_name(step)
-    temporary = folder / f"{step_name(step)}.tmp-{owner.number if owner else 0}"
-    error = _attempt(lambda: _prepare(temporary)) if world.main else None
-    _raise_everywhere(world, error)
-    fixed = fixed_tensors(adapter)
-    error = _attempt(lambda: _write_rank(temporary, adapter, world))
-    if error is None and world.main:
-        error = _attempt(lambda: _write_shared(temporary, fixed, extra))
-    try:
-        _raise_everywhere(world, error)
-        manifest = partial(_manifest, temporary, step, adapter, world)
-        error = _attempt(lambda: _commit(temporary, final, manifest(), owner)) if world.main else None
-        _raise_everywhere(world, error)
-    except OSError:
-        if world.main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return sum(f.stat().st_size for f in final.rglob("*") if f.is_file())
-
-
-def _attempt(action: Any) -> str | None:
-    try:
-        action()
-    except OSError as error:
-        return f"{error}"
-    return None
-
-
-def _raise_everywhere(world: World, error: str | None) -> None:
-    """If any rank failed, fail on all: one rank alone would leave the others waiting in a collective."""
-    failed = [(rank, e) for rank, e in enumerate(world.gather_objects(error)) if e]
-    if failed:
-        rank, text = failed[0]
-        raise OSError(f"could not write the checkpoint on rank {rank}: {text}; free space or fix the disk and rerun")
-
-
-def _prepare(temporary: Path) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-
-
-def _write_rank(temporary: Path, adapter: Adapter, world: World) -> None:
-    name = f"rank-{world.rank:05d}"
-    views: dict[str, torch.Tensor] = {}
-    slices: dict[str, list[int]] = {}
+def owned_slices(adapter: Adapter) -> Iterator[Slice]:
+    """Views of all that this rank writes."""
     for held in adapter.owned():
         for state, view in held.views.items():
-            key = f"{ENGINE}|{held.name}|{state}"
-            views[key], slices[key] = view, [held.start, held.length]
-    shapes = {k: (v.dtype, tuple(v.shape)) for k, v in views.items()}
-    path = temporary / f"{name}.safetensors"
-    size, digest = write_tensors(path, shapes, views.__getitem__)
-    index = {"file": path.name, "size": size, "sha256": digest, "slices": slices}
-    _write_text(temporary / f"{name}.json", json.dumps(index))
+            yield Slice(f"{ENGINE}|{held.name}|{state}", held.start, view)
+
+
+def facts(adapter: Adapter, step: int) -> dict[str, Any]:
+    """What the manifest says beside its files."""
+    return {
+        "format": FORMAT,
+        "step": step,
+        "world": adapter.world,
+        "zero_stage": adapter.ds.zero_optimization_stage(),
+        "optimizer_steps": adapter.step_count(),
+        "states": ["master", *adapter.state_tensors()],
+        "params": {n: list(getattr(p, "ds_shape", p.shape)) for n, p in adapter.named},
+    }
+
+
+def write_rank(temporary: Path, content: Content) -> None:
+    """Write this rank's files, and on rank 0 the shared ones; each is on the disk when this returns."""
+    temporary.mkdir(parents=True, exist_ok=True)
+    name = f"rank-{content.rank:05d}"
+    entries = []
+    for number, part in enumerate(_files(content.slices)):
+        path = temporary / (f"{name}-{number:05d}.safetensors" if number else f"{name}.safetensors")
+        tensors = {piece.key: piece.values for piece in part}
+        size, digest = _write_tensors(path, tensors)
+        slices = {piece.key: [piece.start, piece.values.numel()] for piece in part}
+        entries.append({"file": path.name, "size": size, "sha256": digest, "slices": slices})
+    if content.rank == 0:
+        _write_shared(temporary, content.fixed, content.extra)
+    _write_text(temporary / f"{name}.json", json.dumps({"files": entries}))
+
+
+def _files(slices: list[Slice]) -> Iterator[list[Slice]]:
+    """Share the slices out to files of `FILE_BYTES` at most; one that does not fit is cut."""
+    part: list[Slice] = []
+    room = FILE_BYTES
+    for whole in slices:
+        start, size = 0, whole.values.element_size()
+        while start < whole.values.numel() or not whole.values.numel():
+            count = min(whole.values.numel() - start, room // size)
+            if count or not whole.values.numel():
+                part.append(Slice(whole.key, whole.start + start, whole.values.narrow(0, start, count)))
+                start, room = start + count, room - count * size
+            if start >= whole.values.numel():
+                break
+            yield part
+            part, room = [], FILE_BYTES
+    yield part
 
 
 def _write_shared(temporary: Path, fixed: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
-    """Rank 0: frozen parameters and buffers once, in their dtype, and the files beside the weights."""
-    shapes = {k: (v.dtype, tuple(v.shape)) for k, v in fixed.items()}
-    write_tensors(temporary / "fixed.safetensors", shapes, fixed.__getitem__)
+    """Frozen parameters and buffers once, in their dtype, and the files beside the weights."""
+    _write_tensors(temporary / "fixed.safetensors", fixed)
     for name, text in extra.get("files", {}).items():
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         _write_text(temporary / name, text)
     for name, content in extra.items():
         if name != "files":
             _write_text(temporary / f"{name}.json", json.dumps(content))
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_tensors(path, shapes, tensors.__getitem__)
 
 
 def fixed_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -138,37 +147,29 @@ def _is_persistent(module: torch.nn.Module, name: str) -> bool:
     return leaf not in module.get_submodule(owner)._non_persistent_buffers_set
 
 
-def _manifest(temporary: Path, step: int, adapter: Adapter, world: World) -> dict[str, Any]:
-    ranks = [json.loads((temporary / f"rank-{r:05d}.json").read_text()) for r in range(world.size)]
-    known = {r["file"]: {"size": r["size"], "sha256": r["sha256"]} for r in ranks}
+def commit(temporary: Path, final: Path, content: Content, owner: Ownership | None) -> int:
+    """Rank 0, when all ranks have written: make the checkpoint visible, and return its size in bytes.
+
+    The `owner` of the run directory looks again whether it still is one.
+    """
+    ranks = [json.loads((temporary / f"rank-{r:05d}.json").read_text()) for r in range(content.facts["world"])]
+    known = {f["file"]: {"size": f["size"], "sha256": f["sha256"]} for entry in ranks for f in entry["files"]}
     files = {
         str(p.relative_to(temporary)): known.get(p.name) or {"size": p.stat().st_size, "sha256": file_sha256(p)}
         for p in sorted(temporary.rglob("*"))
         if p.is_file()
     }
-    return {
-        "format": FORMAT,
-        "step": step,
-        "world": world.size,
-        "zero_stage": adapter.ds.zero_optimization_stage(),
-        "optimizer_steps": adapter.step_count(),
-        "states": ["master", *adapter.state_tensors()],
-        "params": {n: list(getattr(p, "ds_shape", p.shape)) for n, p in adapter.named},
-        "files": files,
-    }
-
-
-def _commit(temporary: Path, final: Path, manifest: dict[str, Any], owner: Ownership | None) -> None:
-    _write_text(temporary / "MANIFEST.json", json.dumps(manifest, indent=1))
+    _write_text(temporary / "MANIFEST.json", json.dumps(content.facts | {"files": files}, indent=1))
     for folder in [p for p in temporary.rglob("*") if p.is_dir()]:
         fsync_folder(folder)
     fsync_folder(temporary)
     if owner is not None:
         owner.check()
     if final.exists():  # the same step again, after falling back to an older checkpoint
-        shutil.rmtree(final)
+        remove(final)
     os.rename(temporary, final)
     fsync_folder(final.parent)
+    return sum(file["size"] for file in files.values())
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from millrace.core.config import load_config
 from millrace.core.process import run_process
-from millrace.engine.checkpoint.write import save_checkpoint
+from millrace.engine.checkpoint.saver import save_checkpoint
 from millrace.engine.distributed import join_world, leave_world, world_size
+from millrace.engine.pace import Pace
 from millrace.engine.zero import deepspeed_config
 from millrace.pretrain.config import PretrainConfig, resolve
 from millrace.pretrain.loop import _accumulate
@@ -37,7 +38,7 @@ def run(config_path: str, scenario: dict[str, Any]) -> None:
         engine, model = build_engine(config, world, settings, loader.tokenizer.vocab_size)
         batch = next(loader)
         (tokens,) = world.sum(batch.local_tokens)
-        _accumulate(engine, batch.micro_batches, tokens)
+        _accumulate(engine, batch.micro_batches, tokens, Pace(world, []))
         engine.step(0.02)
         files = run_files(config, model.config, loader.tokenizer)
         extra = {"trainer": {"step": 1, "loader": loader.state.to_dict()}, "files": files}

@@ -1,7 +1,9 @@
 """Ranks of the engine's tests: run scenarios one after another in one process group, print one JSON line.
 
 Arguments: a JSON file with {"config": TOML path, "scenarios": [{"name", "overrides", "steps", "load", "save"}]}.
-A scenario builds a new engine, loads checkpoint `load` (a folder) if given, trains `steps` steps, saves into `save`.
+A scenario builds a new engine, loads checkpoint `load` (a folder; the loader's place from `loader_of`, another) if
+given, trains `steps` steps, saves into `save`.
+Of the batches (from 0) in `unseen` nothing is computed; those in `spoilt` are multiplied, their gradients discarded.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from millrace.core.config import load_config
 from millrace.core.process import run_process
 from millrace.data.state import LoaderState
 from millrace.engine.checkpoint.read import digest, load_checkpoint, open_verified
-from millrace.engine.checkpoint.write import save_checkpoint
+from millrace.engine.checkpoint.saver import save_checkpoint
 from millrace.engine.distributed import World, join_world, leave_world, world_size
+from millrace.engine.engine import Engine
+from millrace.engine.pace import Pace
 from millrace.engine.precision import choose_precision
 from millrace.engine.zero import deepspeed_config
 from millrace.pretrain.config import PretrainConfig, resolve
@@ -46,7 +50,8 @@ def run(config_path: str, scenario: dict[str, Any]) -> dict[str, Any]:
     if scenario.get("load"):
         checkpoint = open_verified(Path(scenario["load"]), world)
         load_checkpoint(checkpoint, engine.adapter)
-        state = LoaderState.from_dict(checkpoint.json("trainer")["loader"])
+        ahead = open_verified(Path(scenario.get("loader_of", scenario["load"])), world)
+        state = LoaderState.from_dict(ahead.json("trainer")["loader"])
     if scenario.get("load") or scenario.get("digest"):
         engine.adapter.allocate()
         result["loaded"] = digest(engine.adapter, world)
@@ -57,10 +62,15 @@ def run(config_path: str, scenario: dict[str, Any]) -> dict[str, Any]:
 def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str, Any]) -> dict[str, Any]:
     losses, spans, norms, targets, rows, gradient = [], [], [], [], [], []
     with build_loader_at(config, world, state) as loader:
-        for _ in range(scenario["steps"]):
+        for number in range(scenario["steps"]):
             batch = next(loader)
+            if number in scenario.get("unseen", ()):
+                continue
+            if str(number) in (spoilt := scenario.get("spoilt", {})):
+                spoil(engine, batch, float(spoilt[str(number)]))
+                continue
             (tokens,) = world.sum(batch.local_tokens)
-            nll, _ = _accumulate(engine, batch.micro_batches, tokens)
+            nll, _, square = _accumulate(engine, batch.micro_batches, tokens, Pace(world, []))
             grads = engine.norms(gradients=True)
             if scenario.get("gradient") and not gradient:
                 from deepspeed.utils import safe_get_full_grad
@@ -69,7 +79,10 @@ def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str
                 gradient = torch.cat([safe_get_full_grad(p).float().flatten() for _, p in params]).tolist()
             targets.append(int(tokens))
             rows += [int((m.labels_BT != -100).sum()) for m in batch.micro_batches]
-            norms.append([engine.step(config.optim.lr), sum(v * v for v in grads.values()) ** 0.5])
+            engine.step(config.optim.lr)
+            stepped = engine.ds.get_global_grad_norm()  # what DeepSpeed found, where it looks
+            norms.append([world.sum(square)[0] ** 0.5, sum(v * v for v in grads.values()) ** 0.5])
+            norms[-1] += [] if stepped is None else [float(stepped)]
             losses.append(float(world.sum(nll)[0] / tokens).hex())
             spans.append(batch.spans)
         if scenario.get("save"):
@@ -77,6 +90,15 @@ def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str
             save_checkpoint(Path(scenario["save"]), scenario["steps"], engine.adapter, world, {"trainer": trainer})
     figures = {"losses": losses, "spans": spans, "norms": norms, "targets": targets, "row_targets": rows}
     return {**figures, "gradient": gradient, "after": digest(engine.adapter, world)}
+
+
+def spoil(engine: Engine, batch: Any, factor: float) -> None:
+    """Backward of the batch with its loss multiplied on rank 0 alone, and then none of it."""
+    for number, micro in enumerate(batch.micro_batches):
+        nll, _ = engine.forward(micro)
+        mine = factor if engine.world.main else 1.0
+        engine.backward(nll * mine, 1.0, last=number == len(batch.micro_batches) - 1)
+    engine.discard()
 
 
 def main() -> int:

@@ -22,14 +22,14 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_dry_run_prints_a_script_and_writes_nothing(
     recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    arguments = [recipe, "slurm.nodes=2", "slurm.gpus_per_node=8", "slurm.time=12:00:00", "optim.lr=3e-4", "--dry-run"]
-    assert main(arguments) == 0
+    asked = ["slurm.nodes=2", "slurm.gpus_per_node=8", "slurm.time=12:00:00"]
+    assert main([recipe, *asked, "train.batch=64", "optim.lr=3e-4", "--dry-run"]) == 0
     script = capsys.readouterr().out
     assert "#SBATCH --nodes=2\n" in script and "#SBATCH --gres=gpu:8\n" in script
     assert re.search(r"^#SBATCH '?--time=12:00:00'?$", script, re.M)
     assert "#SBATCH --job-name=mill\n" in script
-    assert "-m millrace.pretrain run.toml optim.lr=3e-4 || code=$?" in script
-    assert "--num_machines 2 --num_processes 16" in script
+    assert "-m millrace.pretrain run.toml train.batch=64 optim.lr=3e-4 || code=$?" in script
+    assert "\nnodes=2\n" in script and '--num_machines "$nodes" --num_processes $((nodes * 8))' in script
     assert "slurm." not in script.partition("srun ")[2]
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     assert [p.name for p in tmp_path.iterdir()] == ["run.toml"]
@@ -41,6 +41,13 @@ def test_a_site_file_gives_what_the_command_line_does_not(recipe: str, capsys: p
     script = capsys.readouterr().out
     assert "#SBATCH --partition=long\n" in script and "#SBATCH --nodes=2\n" in script
     assert "\nset -eo pipefail\nmodule load cuda\n" in script
+
+
+def test_a_number_of_nodes_that_does_not_divide_the_batch_is_refused(recipe: str) -> None:
+    with pytest.raises(
+        UserError, match="train.batch gives 8 micro-batches, which 3 nodes with 1 processes each do not"
+    ):
+        main([recipe, "slurm.nodes=3", "--dry-run"])
 
 
 def test_mistakes_are_found_before_anything_is_submitted(recipe: str) -> None:

@@ -119,7 +119,7 @@ def test_the_job_ends_with_the_runs_outcome(cluster: Path, outcome: str | None, 
     fake.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.executable", str(fake))
-        script = render(SlurmConfig(nodes=2, time="5"), ["-m", "x", str(run)], run)
+        script = render(SlurmConfig(nodes=2, time="5", requeue=False), ["-m", "x", str(run)], run)
     job = submit(script, run)
     assert job is not None
     state, code = wait(job, 60)

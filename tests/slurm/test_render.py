@@ -119,6 +119,81 @@ def test_the_users_accelerate_file_and_threads_win(tmp_path: Path) -> None:
     assert variables["OMP_NUM_THREADS"] == "3"
 
 
+def ended(folder: Path, code: int, outcome: int | None, requeue: bool = True) -> tuple[int, str]:
+    """(exit code, output) of a job whose srun ends with `code`, the run having left `outcome`."""
+    leave = "" if outcome is None else f"echo '{{\"code\": {outcome}}}' > {folder}/outcome.json; "
+    programs = {
+        "scontrol": f'[[ $1 == requeue ]] && echo "$2" >> {folder}/requeued; [[ $2 == hostnames ]] && echo n1; true',
+        "srun": f"{leave}exit {code}",
+    }
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    (folder / "slurm").mkdir(exist_ok=True)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+    script = render(SlurmConfig(requeue=requeue), ["x.py"], folder)
+    done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert not done.stderr, done.stderr
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize(
+    "code, outcome, expected, again",
+    [
+        (0, 0, 0, 0),
+        (0, None, 0, 0),
+        (0, 75, 75, 1),
+        (1, 75, 75, 1),
+        (1, None, 75, 1),
+        (137, None, 75, 1),
+        (1, 93, 93, 0),
+    ],
+)
+def test_all_but_done_and_stop_is_started_again(
+    tmp_path: Path, code: int, outcome: int | None, expected: int, again: int
+) -> None:
+    found, _ = ended(tmp_path, code, outcome)
+    requeued = tmp_path / "requeued"
+    assert found == expected and (requeued.read_text().split() if requeued.exists() else []) == ["7"] * again
+
+
+def test_three_starts_without_a_checkpoint_are_the_last(tmp_path: Path) -> None:
+    def step(number: int, suffix: str = "") -> None:
+        (tmp_path / f"checkpoints/step-{number:08d}{suffix}").mkdir(parents=True)
+
+    assert [ended(tmp_path, 1, None)[0] for _ in range(2)] == [75, 75]
+    step(100)
+    step(200, ".tmp-3")  # unfinished: no progress
+    assert [ended(tmp_path, 1, 75)[0] for _ in range(2)] == [75, 75]
+    step(200)
+    assert [ended(tmp_path, 1, None)[0] for _ in range(2)] == [75, 75]
+    code, said = ended(tmp_path, 1, None)
+    assert code == 93 and "3 starts on end made no checkpoint (newest: step-00000200)" in said
+    assert json.loads((tmp_path / "outcome.json").read_text())["code"] == 93
+    assert (tmp_path / "requeued").read_text().split() == ["7"] * 6
+    (tmp_path / "outcome.json").unlink()
+    assert ended(tmp_path, 1, None)[0] == 75  # submitted by hand, it has three again
+
+
+def test_without_requeue_the_job_ends_with_the_code(tmp_path: Path) -> None:
+    assert [ended(tmp_path, 1, outcome, requeue=False)[0] for outcome in (None, 75, 93)] == [1, 75, 93]
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_as_many_nodes_as_divide_the_batch(tmp_path: Path) -> None:
+    elastic = SlurmConfig(nodes=2, max_nodes=6, processes_per_node=2)
+    text = render(elastic, ["x.py"], tmp_path, shares=24)
+    assert "#SBATCH --nodes=2-6\n" in text and "for nodes in 6 4 3 2; do" in text
+    chosen = text[text.index("# Of the nodes") : text.index('echo "using')] + "echo $nodes"
+    for got, used in ((6, 6), (5, 4), (4, 4), (3, 3), (2, 2)):
+        shell = subprocess.run(["bash", "-c", chosen], env={"SLURM_JOB_NUM_NODES": str(got)}, capture_output=True)
+        assert int(shell.stdout) == used
+    assert "#SBATCH --nodes=4-8\n" in render(SlurmConfig(nodes=3, max_nodes=9), ["x.py"], tmp_path, shares=16)
+    with pytest.raises(UserError, match="gives 7 micro-batches, which 2 to 6 nodes with 2 processes each do not"):
+        render(elastic, ["x.py"], tmp_path, shares=7)
+
+
 def test_accelerate_itself_reads_these_arguments() -> None:
     """The options exist under these names, and the command's own options are left alone."""
     from accelerate.commands.launch import launch_command_parser

@@ -1,0 +1,146 @@
+"""One rank with faults: `python inject.py FAULTS CONFIG [section.key=value …]`, otherwise `millrace.pretrain`.
+
+FAULTS is a JSON list. Each entry names its kind (a function below), the ranks (absent: all) and the steps at which it
+happens, and what the kind needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+
+from millrace.core.process import run_process
+from millrace.data.loader import Loader
+from millrace.engine.checkpoint import write
+from millrace.engine.distributed import World
+from millrace.pretrain import loop
+from millrace.pretrain import run as pretrain_run
+from millrace.pretrain.config import PretrainConfig
+from millrace.pretrain.main import main_rank
+
+NOW = {"step": 0}  # the step under way
+
+
+def due(fault: dict[str, Any]) -> bool:
+    """Whether this is the rank and the step of a fault."""
+    return int(os.environ["RANK"]) in fault.get("ranks", (int(os.environ["RANK"]),)) and NOW["step"] in fault["steps"]
+
+
+def loss(fault: dict[str, Any]) -> None:
+    """The loss, and with it the gradient, is multiplied by `factor` (a number, "nan" or "inf")."""
+    forward = loop.Engine.forward
+
+    def faulty(self: Any, micro: Any) -> Any:
+        nll, metrics = forward(self, micro)
+        factor = float(fault["factor"]) if due(fault) else 1.0
+        return nll * factor, metrics * factor
+
+    loop.Engine.forward = faulty  # type: ignore[method-assign]
+
+
+SITES: dict[str, tuple[Any, str]] = {
+    "forward": (loop.Engine, "forward"),
+    "all-reduce": (World, "sum"),
+    "optimiser": (loop.Engine, "step"),
+    "save": (write, "write_tensors"),
+    "commit": (write, "fsync_folder"),
+}
+
+
+def send(fault: dict[str, Any]) -> None:
+    """The process sends itself a signal (by name) where a function of `SITES` begins."""
+    place, name = SITES[fault["at"]]
+    real = getattr(place, name)
+
+    def faulty(*arguments: Any) -> Any:
+        if due(fault):
+            os.kill(os.getpid(), getattr(signal, fault["signal"]))
+        return real(*arguments)
+
+    setattr(place, name, faulty)
+
+
+def never_reads(fault: dict[str, Any]) -> None:
+    """The batch of a step never comes."""
+    read = Loader.__next__
+
+    def faulty(self: Any) -> Any:
+        NOW["step"] += 1  # the step that begins
+        if due(fault):
+            time.sleep(3600)
+        NOW["step"] -= 1
+        return read(self)
+
+    Loader.__next__ = faulty  # type: ignore[method-assign]
+
+
+def leaves_out_a_sum(fault: dict[str, Any]) -> None:
+    """The rank goes on without the second of a step's control sums."""
+    add = World.sum
+
+    def faulty(self: Any, *values: float) -> list[float]:
+        return [1.0] * len(values) if due(fault) and len(values) == 3 else add(self, *values)
+
+    World.sum = faulty  # type: ignore[method-assign]
+
+
+def slow(fault: dict[str, Any]) -> None:
+    """Forward passes take longer by so many seconds."""
+    forward = loop.Engine.forward
+
+    def faulty(self: Any, micro: Any) -> Any:
+        if due(fault):
+            time.sleep(fault["seconds"])
+        return forward(self, micro)
+
+    loop.Engine.forward = faulty  # type: ignore[method-assign]
+
+
+def flip(fault: dict[str, Any]) -> None:
+    """One bit of one weight turns over as the step begins."""
+    forward = loop.Engine.forward
+
+    def faulty(self: Any, micro: Any) -> Any:
+        if due(fault) and not fault.get("done"):
+            fault["done"] = True
+            with torch.no_grad():
+                weight = next(iter(self.objective.parameters()))
+                weight.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << fault["bit"])
+        return forward(self, micro)
+
+    loop.Engine.forward = faulty  # type: ignore[method-assign]
+
+
+KINDS = {"loss": loss, "signal": send, "read": never_reads, "sum": leaves_out_a_sum, "slow": slow, "flip": flip}
+
+
+def count_steps() -> None:
+    """Keep `NOW`."""
+    fit, accumulate = pretrain_run.fit, loop._accumulate
+
+    def counted_fit(parts: Any) -> int:
+        NOW["step"] = parts.point.step
+        return fit(parts)
+
+    def counted_accumulate(*arguments: Any) -> Any:
+        NOW["step"] += 1
+        return accumulate(*arguments)
+
+    pretrain_run.fit, loop._accumulate = counted_fit, counted_accumulate
+
+
+def main() -> int:
+    count_steps()
+    for fault in json.loads(sys.argv[1]):
+        KINDS[fault["kind"]](fault)
+    return main_rank(PretrainConfig, pretrain_run.pretrain, sys.argv[2:])
+
+
+if __name__ == "__main__":
+    run_process(main)
