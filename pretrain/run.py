@@ -201,6 +201,7 @@ def _start_record(parts: Parts, model: Any, how: tuple[str, str, int | None], co
         "zero_stage": ds.zero_optimization_stage(),
         "precision": precision,
         "resumed_from": resumed,
+        "parent": parts.rundir.parent,
         "manifests": list(corpus.fingerprints),
         "params": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         "flops_per_token": parts.flops_per_token,

@@ -76,7 +76,7 @@ def _parts(records: Sequence[Record]) -> Iterator[list[Record]]:
 
 def _began(start: Record) -> float:
     """When the process of a start began."""
-    return float(start.get("began", start["time"]))
+    return float(start["began"] if "began" in start else start["time"])
 
 
 def _undone(records: Sequence[Record]) -> set[int]:
@@ -92,9 +92,14 @@ def _undone(records: Sequence[Record]) -> set[int]:
     return undone
 
 
+def _stall(checkpoint: Record) -> float:
+    """Before there was a `stall`, a step waited for the whole of a save."""
+    return float(checkpoint["stall"] if "stall" in checkpoint else checkpoint.get("seconds", 0.0))
+
+
 def _add_part(seconds: dict[str, float], part: list[Record], kept: set[int], undone: set[int]) -> None:
     steps = [record for record in part if record["event"] == "step" and "seconds" in record]
-    seconds["save"] += sum(r.get("stall", r.get("seconds", 0.0)) for r in part if r["event"] == "checkpoint")
+    seconds["save"] += sum(_stall(r) for r in part if r["event"] == "checkpoint")
     seconds["eval"] += sum(r.get("seconds", 0.0) for r in part if r["event"] == "eval")
     first = steps[0]["time"] - steps[0]["seconds"] if steps else part[-1]["time"]
     seconds["start"] += max(0.0, first - _began(part[0]))
