@@ -5,8 +5,11 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
+
+BEGAN = time.time()  # of this process, but for what was imported before
 
 
 def run_process(main: Callable[[], int]) -> NoReturn:

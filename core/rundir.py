@@ -77,15 +77,23 @@ class RunDir:
             return str(json.loads(self.identity.read_text())["id"])
         if self.started:
             raise UserError(f"{self.path} holds files of an unknown run; set run.name to a new name")
-        return self._create(fingerprint)
+        return self.create(fingerprint)
+
+    @property
+    def parent(self) -> dict[str, Any] | None:
+        """Of a branch: the id, path and step of the run that it comes from."""
+        return json.loads(self.identity.read_text()).get("parent") if self.identity.exists() else None
 
     def known(self) -> dict[str, Any]:
         """The fingerprint of the run that is here; empty when there is none."""
         return dict(json.loads(self.identity.read_text())["fingerprint"]) if self.identity.exists() else {}
 
-    def _create(self, fingerprint: dict[str, Any]) -> str:
+    def create(self, fingerprint: dict[str, Any], parent: dict[str, Any] | None = None) -> str:
+        """Name the run that this directory holds from now on; returns its id."""
         run_id = uuid.uuid4().hex[:12]
-        write_atomic(self.identity, json.dumps({"format": 1, "id": run_id, "fingerprint": fingerprint}, indent=1))
+        lineage = {"parent": parent} if parent else {}
+        named = {"format": 1, "id": run_id, "fingerprint": fingerprint, **lineage}
+        write_atomic(self.identity, json.dumps(named, indent=1))
         return run_id
 
     @property

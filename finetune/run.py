@@ -16,6 +16,7 @@ from torch import nn
 from millrace.core.config import to_dict, to_toml
 from millrace.core.console import say
 from millrace.core.errors import DONE, UserError
+from millrace.core.process import BEGAN
 from millrace.core.registry import lookup
 from millrace.core.rundir import RunDir, write_atomic
 from millrace.core.units import Duration, fmt_count
@@ -277,6 +278,7 @@ def _count(model: nn.Module, *, trained: bool) -> int:
 
 def _start_record(parts: Parts, prepared: Prepared, precision: str, found: Checkpoint | None) -> dict[str, Any]:
     return {
+        "began": BEGAN,
         "run_id": prepared.run_id,
         "world": parts.engine.world.size,
         "zero_stage": parts.engine.ds.zero_optimization_stage(),

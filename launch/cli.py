@@ -52,9 +52,14 @@ COMMANDS = {
         "millrace checkpoint ls runs/tiny",
         "millrace.launch.checkpoint:main",
     ),
+    "fork": (
+        "start a branch of a run, from one of its steps",
+        "millrace fork runs/tiny@1000 --name decay",
+        "millrace.launch.fork:main",
+    ),
     "submit": (
         "render and submit a Slurm job",
-        "millrace submit configs/tiny.toml train.micro_batch=2 slurm.nodes=2 slurm.gpus_per_node=8 --dry-run",
+        "millrace submit configs/tiny.toml slurm.nodes=2 --dry-run",
         "millrace.launch.submit:main",
     ),
     "report": (

@@ -11,6 +11,7 @@ from typing import Any
 from millrace.core.config import to_dict, to_toml
 from millrace.core.console import say, warn
 from millrace.core.ledger import read_event
+from millrace.core.process import BEGAN
 from millrace.core.registry import lookup
 from millrace.core.rundir import RunDir, write_atomic
 from millrace.core.units import fmt_count
@@ -194,11 +195,13 @@ def _start_record(parts: Parts, model: Any, how: tuple[str, str, int | None], co
     run_id, precision, resumed = how
     ds = parts.engine.ds
     return {
+        "began": BEGAN,
         "run_id": run_id,
         "world": parts.engine.world.size,
         "zero_stage": ds.zero_optimization_stage(),
         "precision": precision,
         "resumed_from": resumed,
+        "parent": parts.rundir.parent,
         "manifests": list(corpus.fingerprints),
         "params": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         "flops_per_token": parts.flops_per_token,

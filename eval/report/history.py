@@ -11,10 +11,20 @@ from typing import Any
 from millrace.core.errors import CONTINUE, DONE, STOP
 from millrace.core.ledger import consumed, effective
 from millrace.core.units import fmt_count, fmt_seconds
+from millrace.eval.report.goodput import Goodput, goodput
 
 Record = dict[str, Any]
 # A single step's loss is mostly noise: the reported one is the mean of the last steps.
 _LAST = 20
+# What went wrong and was dealt with: event → in words.
+INCIDENTS = {
+    "skip": "step not taken",
+    "rollback": "back to a checkpoint",
+    "replicas": "weights differ between ranks",
+    "straggler": "slow rank",
+    "hang": "hang",
+    "quarantine": "sample left out",
+}
 _OUTCOMES = {
     DONE: ("finished", "good"),
     CONTINUE: ("paused, to be continued", "open"),
@@ -38,6 +48,8 @@ class History:
     recomputed: int
     end: Record | None
     wall_seconds: float
+    incidents: list[Record]
+    goodput: Goodput | None
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> History:
@@ -59,6 +71,8 @@ class History:
             recomputed=used.recomputed,
             end=ends[-1] if ends else None,
             wall_seconds=_running_seconds(records, starts),
+            incidents=[record for record in records if record["event"] in INCIDENTS],
+            goodput=goodput(records),
         )
 
     def outcome(self) -> tuple[str, str]:
@@ -108,6 +122,7 @@ class History:
                 "Time spent waiting for data",
                 f"{sum(values(self.steps, 'data_wait')) / seconds:.1%}" if seconds else None,
             ),
+            ("Effective training time", show(self.goodput, lambda found: f"{found.share:.1%}")),
             ("Wall time", fmt_seconds(self.wall_seconds)),
             ("Restarts", str(len(self.restarts))),
             ("Steps computed again", str(self.recomputed)),

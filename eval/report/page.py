@@ -14,7 +14,8 @@ from millrace.core.rundir import RunDir, write_atomic
 from millrace.core.units import fmt_seconds, fmt_size
 from millrace.eval.report.charts import charts
 from millrace.eval.report.curves import Chart, draw
-from millrace.eval.report.history import History, Record
+from millrace.eval.report.goodput import CAUSES, Goodput
+from millrace.eval.report.history import INCIDENTS, History, Record
 from millrace.eval.report.style import CSS
 
 # A long run draws hundreds of samples and checkpoints; the page shows some of them, first and last included.
@@ -49,6 +50,8 @@ def _page(name: str, history: History, config: str) -> str:
         _figures(history),
         _charts(history),
         _samples(history.samples),
+        _time(history.goodput),
+        _incidents(history.incidents),
         _restarts(history),
         _checkpoints(history.checkpoints),
         _configuration(config, history.start),
@@ -115,6 +118,44 @@ def _sample_text(prompt: str, text: str) -> str:
     text = text.removeprefix(prompt)
     more = " …" if len(text) > _SAMPLE_LETTERS else ""
     return f"<mark>{escape(prompt)}</mark>{escape(text[:_SAMPLE_LETTERS])}{more}"
+
+
+def _time(found: Goodput | None) -> str:
+    """A bar of where the time went, and a table beside it."""
+    if found is None or found.total <= 0:
+        return ""
+    causes = [(cause, seconds) for cause, seconds in found.seconds.items() if seconds > 0]
+    bar = "".join(
+        f'<i class="{cause}" style="width:{seconds / found.total:.2%}" title="{escape(CAUSES[cause])}"></i>'
+        for cause, seconds in causes
+    )
+    rows = "".join(
+        f'<tr><td><i class="{cause}"></i>{escape(CAUSES[cause])}</td><td>{fmt_seconds(seconds)}</td>'
+        f"<td>{seconds / found.total:.1%}</td></tr>"
+        for cause, seconds in causes
+    )
+    table = f'<div class="scroll"><table class="time"><tbody>{rows}</tbody></table></div>'
+    return f'<section><h2>Where the time went</h2><div class="bar">{bar}</div>{table}</section>\n'
+
+
+def _incidents(records: Sequence[Record]) -> str:
+    rows = [
+        [_when(record["time"]), f"{record.get('step', 0):,}", INCIDENTS[record["event"]], _told(record)]
+        for record in evenly(records, _ROWS)
+    ]
+    return _table("Incidents", ["time", "step", "what", "details"], rows, len(records))
+
+
+def _told(record: Record) -> str:
+    """What an incident's record says, in words where it has them."""
+    if "why" in record:
+        where = f"sample {record['sample']} of {record.get('shard')}: " if "sample" in record else ""
+        back = f"to step {record['to']}: " if "to" in record else ""
+        return f"{where}{back}{record['why']}"
+    known = {key: value for key, value in record.items() if key not in ("event", "time", "owner", "step")}
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in known.items()
+    )
 
 
 def _restarts(history: History) -> str:

@@ -61,4 +61,11 @@ font:.83rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 footer{margin-top:2.6rem}
 @media(max-width:34rem){svg text{font-size:13px!important}
 .sample div{grid-template-columns:1fr}figure{padding:.8rem .6rem .3rem}}
+.bar{display:flex;height:1.1rem;border-radius:.35rem;overflow:hidden;margin-bottom:.7rem;background:var(--line)}
+.bar i{min-width:1px}
+table.time i{display:inline-block;width:.7rem;height:.7rem;border-radius:.15rem;margin-right:.6rem}
+table.time td:nth-child(n+2){text-align:right;white-space:nowrap}
+i.training{background:#2a8a57}i.data{background:#2b62c9}i.save{background:#6f9cf0}i.eval{background:#8e6bd0}
+i.start{background:#c9a227}i.first{background:#e2c65a}i.again{background:#d9730d}i.skipped{background:#b3261e}
+i.down{background:#7b3a3a}i.other{background:var(--mark)}
 """
