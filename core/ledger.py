@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -183,6 +184,24 @@ def read_event(path: str | Path, event: str) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"cannot read the ledger {path}: {error.strerror}") from None
     return [_restore(record) for record in found if record is not None and record["event"] == event]
+
+
+def last_event(path: str | Path, event: str) -> dict[str, Any] | None:
+    """The last record of `event`, found from the end; None where there is none, or no ledger."""
+    wanted, tail = f'"event":"{event}"'.encode(), b""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 2**20)
+            file.seek(start)
+            lines = (file.read(end - start) + tail).split(b"\n")
+            tail, end = lines[0], start  # the first line may begin further ahead
+            if start:
+                del lines[0]
+            for line in reversed(lines):
+                if wanted in line and (record := _parse(line)) and record["event"] == event:
+                    return dict(_restore(record))
+    return None
 
 
 @dataclass(frozen=True)

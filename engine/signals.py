@@ -1,12 +1,17 @@
-"""SIGTERM, SIGINT and SIGUSR1 ask a run to finish its step, save and end with "continue me"."""
+"""SIGTERM, SIGINT, SIGUSR1 and a time limit ask a run to finish its step, save and end with "continue me"."""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 _ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+GRACE = 120.0  # seconds before the time limit of a Slurm job, which every task of it finds in its environment
 
 
 class StopRequest:
@@ -14,9 +19,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name = ""
+        limit = float(os.environ.get("SLURM_JOB_END_TIME") or "inf")
+        self._until = limit - min(GRACE, (limit - time.time()) / 4)
         self._before: dict[signal.Signals, Any] = {}
 
     def __bool__(self) -> bool:
+        if not self.name and time.time() > self._until:
+            self.name = "the job's time limit"
         return bool(self.name)
 
     def __enter__(self) -> StopRequest:

@@ -127,7 +127,7 @@ def _from_pretrained(name: str) -> Any:
     try:
         with _quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+                name, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]

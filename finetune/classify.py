@@ -110,7 +110,12 @@ class Classify(Task):
             torch.manual_seed(self.config.run.seed)
             model, info = quietly(
                 lambda: AutoModelForSequenceClassification.from_pretrained(
-                    build.folder, config=config, dtype=torch.float32, output_loading_info=True, **chosen
+                    build.folder,
+                    config=config,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    use_safetensors=True,
+                    **chosen,
                 )
             )
         new = {key.partition(".")[0] for key in info["missing_keys"]}
@@ -128,7 +133,9 @@ class Classify(Task):
     def load(self, folder: Path, config: Any) -> Any:
         register_classifier(config)
         return quietly(
-            lambda: AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+            lambda: AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=torch.float32, use_safetensors=True
+            )
         )
 
 

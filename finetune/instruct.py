@@ -106,7 +106,11 @@ class Instruct(Task):
     def load(self, folder: Path, config: Any) -> Any:
         from transformers import AutoModelForCausalLM
 
-        return quietly(lambda: AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32))
+        return quietly(
+            lambda: AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=torch.float32, use_safetensors=True
+            )
+        )
 
 
 def _is_message(item: Any) -> bool:

@@ -48,7 +48,7 @@ from millrace.finetune.results import write_results
 from millrace.finetune.source import Source, find_source, open_tokenizer, pin
 from millrace.finetune.task import Build, Task
 from millrace.pretrain.loop import Parts, fit
-from millrace.pretrain.resume import resume
+from millrace.pretrain.resume import resume, tell_resumed
 from millrace.pretrain.run import versions
 from millrace.pretrain.tracking import Tracker
 
@@ -133,7 +133,7 @@ def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precisi
                 identity={"run_id": prepared.run_id, "source": prepared.base},
             )
             if found is not None:
-                tracker.log("resume", step=parts.point.step, **{"from": str(found.path)}, rejected=rejected)
+                tell_resumed(parts, found, rejected)
             tracker.log("start", **_start_record(parts, prepared, precision, found))
             if world.main:
                 write_atomic(prepared.rundir.config, to_toml(config))

@@ -36,7 +36,7 @@ from millrace.models.packing import check_packable
 from millrace.pretrain.config import PretrainConfig, fingerprint, resolve
 from millrace.pretrain.loop import Parts, fit
 from millrace.pretrain.objectives import REGISTRY as OBJECTIVES
-from millrace.pretrain.resume import resume
+from millrace.pretrain.resume import resume, tell_resumed
 from millrace.pretrain.tracking import Tracker
 
 
@@ -103,7 +103,7 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
             )
             loader.exclude(world.on_main(lambda: _quarantined(rundir)))
             if found is not None:
-                tracker.log("resume", step=parts.point.step, **{"from": str(found.path)}, rejected=rejected)
+                tell_resumed(parts, found, rejected)
             how = (run_id, precision, parts.point.step if found else None)
             tracker.log("start", **_start_record(parts, model, how, corpus))
             if world.main:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from millrace.core import ledger
 from millrace.core.errors import UserError
-from millrace.core.ledger import Ledger, consumed, effective, read, read_event
+from millrace.core.ledger import Ledger, consumed, effective, last_event, read, read_event
 
 
 def write(path: Path, *events: str) -> None:
@@ -273,3 +273,21 @@ def test_records_of_one_event_are_found_without_the_others(tmp_path: Path) -> No
     found = read_event(with_others.path, "quarantine")
     assert [(r["sample"], r["why"]) for r in found] == [(3, "gone"), (4, "spoilt")]
     assert found == [r for r in read(with_others.path) if r["event"] == "quarantine"]
+
+
+def test_the_last_event_is_found_from_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    assert last_event(path, "step") is None
+    with Ledger(path) as book:
+        assert last_event(path, "step") is None
+        for number in range(300):
+            book.append("step", step=number, loss=math.inf, filler="x" * (40_000 if number % 97 == 0 else 50))
+        assert last_event(path, "step")["step"] == 299  # type: ignore[index]
+        for _ in range(40):
+            book.append("note", text='"event":"step"', filler="y" * 60_000)  # further back than one block
+        found = last_event(path, "step")
+        assert found is not None and found["step"] == 299 and found["loss"] == math.inf
+        assert last_event(path, "start") is None
+    with open(path, "ab") as file:
+        file.write(b'{"event":"step","st')  # a crash
+    assert last_event(path, "step")["step"] == 299  # type: ignore[index]

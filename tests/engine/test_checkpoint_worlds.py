@@ -97,7 +97,7 @@ def test_the_norm_is_that_of_the_layers_and_of_deepspeed(written: Any, name: str
         assert deepspeed == [pytest.approx(total, rel=2e-3 if "bf16" in name else 1e-5)] or name == "zero0"
 
 
-@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("world", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_worlds_and_stages(written: Any, scenarios: Any, world: int) -> None:
     """Two ranks' checkpoints on one and four ranks, and at another stage: order, digest, next five losses."""
     results, folder = written

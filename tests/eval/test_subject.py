@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,26 @@ def test_hugging_face_folder_that_does_not_fit(tmp_path: Path) -> None:
     (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match="transformers cannot load .*out"):
         open_subject(out)
+
+
+class Runs:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_weights_that_are_pickled_are_refused_and_not_read(tmp_path: Path) -> None:
+    out, trace = tmp_path / "out", tmp_path / "ran"
+    export(write_checkpoint(tmp_path, small_model("qwen3")), out)
+    (out / "model.safetensors").unlink()
+    torch.save({"weight": Runs(trace)}, out / "pytorch_model.bin")
+    with pytest.raises(UserError, match="transformers cannot load .*model.safetensors"):
+        open_subject(out)
+    assert not trace.exists()
 
 
 def test_lora_run_is_its_merged_model(tmp_path: Path) -> None:

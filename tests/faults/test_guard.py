@@ -18,7 +18,8 @@ def guard_state(checkpoint: Path) -> dict[str, Any]:
     return dict(Checkpoint(checkpoint).json("trainer")["guard"])
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
 def test_one_ranks_nan_is_skipped_by_all(runs: Any, stage: int) -> None:
     faults = [{"kind": "loss", "ranks": [1], "steps": [4, 5], "factor": "nan"}]
     run = runs("run", faults, "train.duration=8 steps", f"engine.zero_stage={stage}", *GUARD)
@@ -48,6 +49,7 @@ def test_a_run_of_them_goes_back_to_a_checkpoint_and_steps_over_the_samples(runs
     faults = [{"kind": "loss", "ranks": [0], "steps": [8, 9, 10], "factor": "inf"}]
     run = runs("run", faults, "train.duration=14 steps", "engine.zero_stage=1", *GUARD, "guard.sigma=0")
     assert run.codes == [0, 0], run.said
+    assert [(r["step"], r["why"]) for r in run.events("skip")] == [(step, "loss is inf") for step in (8, 9, 10)]
     (back,) = run.events("rollback")
     assert (back["step"], back["to"]) == (10, 6)
     assert "3 steps on end were not taken, the last of them 10" in run.said[0]

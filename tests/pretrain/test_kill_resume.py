@@ -30,7 +30,7 @@ WAYS = {
         "engine.zero_stage=3", "engine.persistence_threshold=0", "engine.offload_optimizer=true",
     ],
 }  # fmt: skip
-QUICK = ("zero2", "zero3")
+QUICK = ("zero3",)
 STEPS = 14
 
 
