@@ -12,8 +12,8 @@ TRIPS = ("skip", "rollback", "replicas", "straggler", "hang", "quarantine")
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_a_clean_run_trips_nothing(runs: Any, seed: int) -> None:
-    options = (f"run.seed={seed}", f"engine.zero_stage={seed % 4}", "train.duration=60 steps")
-    run = runs("run", [], *options, "guard.window=16", "guard.replicas=5", "checkpoint.every=20 steps")
+    options = (f"run.seed={seed}", f"engine.zero_stage={seed % 4}", "train.duration=200 steps")
+    run = runs("run", [], *options, "guard.replicas=5", "checkpoint.every=50 steps")
     assert run.codes == [0, 0], run.said
     assert [record for name in TRIPS for record in run.events(name)] == []
-    assert not (run.path / "hang").exists() and len(run.events("step")) == 60
+    assert not (run.path / "hang").exists() and len(run.events("step")) == 200
