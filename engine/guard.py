@@ -1,9 +1,10 @@
 """Whether a step is taken: not where the loss or the gradient is not finite, or far above what came before it.
 
 The rule is that of OLMo-core's SkipStepOptimizer (https://github.com/allenai/OLMo-core): more than `sigma` standard
-deviations above the mean of the last `window` steps that were taken. Every rank decides alike, for all are given the
-same all-reduced figures. Where `skips` steps on end were not taken, the weights themselves are suspected: the run goes
-back to a checkpoint and steps over the samples since (PaLM, https://arxiv.org/abs/2204.02311, section 5.1).
+deviations above the mean of the last `window` steps that were taken; for the gradient's norm also five times that mean.
+Every rank decides alike, for all are given the same all-reduced figures. Where `skips` steps on end were not taken, the
+weights themselves are suspected: the run goes back to a checkpoint and steps over the samples since (PaLM,
+https://arxiv.org/abs/2204.02311, section 5.1).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from millrace.core.config import option
 from millrace.core.errors import UserError
 
 _FIGURES = ("loss", "grad_norm")
+_FAR = 5.0  # times the mean: nearer outliers of the gradient's norm are everyday in small batches, and clipped
 RETURNS = 3  # to a checkpoint on end, with no full window between; after that the run stops
 
 
@@ -88,7 +90,8 @@ class Guard:
             return ""
         mean = sum(taken) / len(taken)
         deviation = math.sqrt(sum((v - mean) ** 2 for v in taken) / len(taken))
-        if value <= mean + self._config.sigma * deviation:
+        allowed = mean + self._config.sigma * deviation
+        if value <= (max(allowed, _FAR * mean) if name == "grad_norm" else allowed):
             return ""
         return f"{name} {value:.4g} is more than {self._config.sigma:g} deviations ({deviation:.2g}) above {mean:.4g}"
 

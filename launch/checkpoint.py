@@ -30,6 +30,11 @@ SUBCOMMANDS = {
         "millrace checkpoint prune runs/tiny --keep 2",
         "checkpoint:prune",
     ),
+    "import": (
+        "pickled weights of others into safetensors (--trust-pickle)",
+        "millrace checkpoint import downloaded/model.pt weights/ --trust-pickle",
+        "import_weights:main",
+    ),
     "convert": (
         "write a folder that transformers loads (as millrace export)",
         "millrace checkpoint convert runs/tiny exported/",

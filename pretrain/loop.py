@@ -123,6 +123,8 @@ def fit(parts: Parts) -> int:
                 _save(parts, point, heldout=heldout, ephemeral=not regular)
                 last_saved = point.step
         if point.step > last_saved:
+            if odd := _odd_replicas(parts, point, point, True):
+                return _end(parts, point, CONTINUE, odd)
             _save(parts, point, ephemeral=point.fraction(duration) < 1)
         _finish_save(parts, point)
         if not stop and point.fraction(duration) >= 1:

@@ -25,8 +25,8 @@ def test_equals_mean_and_deviation_of_the_steps_that_were_taken(
     for number, step in enumerate(steps):
         last = taken[-window:]
         above = [
-            value - statistics.fmean(column) - sigma * statistics.pstdev(column)
-            for value, column in zip(step, zip(*last, strict=True), strict=True)
+            value - max(statistics.fmean(column) + sigma * statistics.pstdev(column), far * statistics.fmean(column))
+            for value, column, far in zip(step, zip(*last, strict=True), (0, 5), strict=True)
         ] if len(last) == window else []  # fmt: skip
         skipped = bool(guard.judge(number, 1, *step))
         assert any(abs(excess) < 1e-6 for excess in above) or skipped == any(excess > 0 for excess in above)
@@ -60,6 +60,12 @@ def test_a_spike_is_named_and_does_not_move_the_window() -> None:
     assert guard.judge(5, 1, 200.0, 1.0) == "loss 200 is more than 6 deviations (0.071) above 2"
     assert guard.state() == before | {"skipped": 1, "calm": 0}
     assert not guard.judge(6, 1, 2.05, 1.0) and guard.skipped == 0 and guard.taken == 6
+
+
+def test_a_gradient_must_be_far_above_the_mean_too() -> None:
+    guard = filled()  # its norms are all 1
+    assert not guard.judge(5, 1, 2.0, 4.9)
+    assert filled().judge(5, 1, 2.0, 5.1) == "grad_norm 5.1 is more than 6 deviations (0) above 1"
 
 
 def test_another_stage_of_the_data_has_another_loss() -> None:
