@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from millrace.core.console import error
 from millrace.core.errors import UserError, did_you_mean
+from millrace.core.registry import load
 
 T = TypeVar("T")
 
@@ -39,3 +40,21 @@ def quantity(parse: Callable[[str], T]) -> Callable[[str], T]:
             raise argparse.ArgumentTypeError(str(problem)) from None
 
     return checked
+
+
+def run_subcommand(group: str, subcommands: Mapping[str, tuple[str, str, str]], argv: Sequence[str]) -> int:
+    """`millrace GROUP NAME …`; `subcommands` has by name what each does, an example, and `module:function` in `launch`.
+
+    Raises:
+        UserError: there is no such sub-command.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        usage = f"millrace {group} SUBCOMMAND"
+        print(f"usage: {usage} [arguments]     ({usage} --help for each)\n")
+        for name, (what, example, _) in subcommands.items():
+            print(f"  {name:<9} {what}\n            example: {example}")
+        return 0
+    name, *rest = argv
+    if name not in subcommands:
+        raise UserError(f"unknown sub-command '{group} {name}'{did_you_mean(name, subcommands) or '; see --help'}")
+    return int(load(f"millrace.launch.{subcommands[name][2]}")(rest))

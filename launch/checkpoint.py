@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from millrace.core.console import say, show_table
-from millrace.core.errors import UserError, did_you_mean
-from millrace.core.registry import load
+from millrace.core.errors import UserError
 from millrace.core.units import fmt_count, fmt_size
-from millrace.launch.arguments import Parser
+from millrace.launch.arguments import Parser, run_subcommand
 
 if TYPE_CHECKING:
     from millrace.engine.checkpoint.read import Checkpoint
@@ -45,23 +44,7 @@ SUBCOMMANDS = {
 
 def main(argv: Sequence[str]) -> int:
     """Run a sub-command."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_help())
-        return 0
-    name, *rest = argv
-    if name not in SUBCOMMANDS:
-        raise UserError(f"unknown sub-command 'checkpoint {name}'{did_you_mean(name, SUBCOMMANDS) or '; see --help'}")
-    return int(load(f"millrace.launch.{SUBCOMMANDS[name][2]}")(rest))
-
-
-def _help() -> str:
-    lines = [
-        "usage: millrace checkpoint SUBCOMMAND [arguments]     (millrace checkpoint SUBCOMMAND --help for each)",
-        "",
-    ]
-    for name, (what, example, _) in SUBCOMMANDS.items():
-        lines += [f"  {name:<8} {what}", f"           example: {example}"]
-    return "\n".join(lines)
+    return run_subcommand("checkpoint", SUBCOMMANDS, argv)
 
 
 def _parser(name: str, what: str) -> Parser:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from millrace.core.console import show_table
-from millrace.core.errors import UserError, did_you_mean
-from millrace.core.registry import load
 from millrace.core.units import fmt_size
-from millrace.launch.arguments import Parser
+from millrace.launch.arguments import Parser, run_subcommand
 
 # name -> (what it does, an example, where it is)
 SUBCOMMANDS = {
@@ -35,20 +33,7 @@ SUBCOMMANDS = {
 
 def main(argv: Sequence[str]) -> int:
     """Run a sub-command."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_help())
-        return 0
-    name, *rest = argv
-    if name not in SUBCOMMANDS:
-        raise UserError(f"unknown sub-command 'data {name}'{did_you_mean(name, SUBCOMMANDS) or '; see --help'}")
-    return int(load(f"millrace.launch.{SUBCOMMANDS[name][2]}")(rest))
-
-
-def _help() -> str:
-    lines = ["usage: millrace data SUBCOMMAND [arguments]     (millrace data SUBCOMMAND --help for each)", ""]
-    for name, (what, example, _) in SUBCOMMANDS.items():
-        lines += [f"  {name:<9} {what}", f"            example: {example}"]
-    return "\n".join(lines)
+    return run_subcommand("data", SUBCOMMANDS, argv)
 
 
 def verify(argv: Sequence[str]) -> int:

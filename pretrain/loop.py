@@ -77,7 +77,7 @@ def fit(parts: Parts) -> int:
             batch = next(steps)
             waited = time.perf_counter() - began
             at("collective", number)
-            tokens, size, bad, asked = _agree(parts, point, batch, bool(stop))
+            tokens, size, bad, asked, writing = _agree(parts, batch, bool(stop))
             if asked:
                 break
             lr = config.optim.lr * config.schedule.factor(point, duration)
@@ -110,6 +110,7 @@ def fit(parts: Parts) -> int:
                 _quarantine(parts, point, batch.quarantined)
             if fault:
                 _tell_skipped(parts, point, fault)
+            _finish_save(parts, point, writing=bool(writing))  # here, outside of what is timed as a step
             if parts.guard.lost and (stuck := _go_back(parts, point)):
                 return _end(parts, point, STOP, stuck)
             regular = _due(config.checkpoint.every, before, point)
@@ -134,20 +135,15 @@ def fit(parts: Parts) -> int:
         return _end(parts, point, CONTINUE, f"asked to stop by {stop.name or 'another rank'}")
 
 
-def _agree(parts: Parts, point: Point, batch: Any, asked: bool) -> list[float]:
-    """One all-reduce before the first backward: [targets, their text, bad samples, who was asked to stop].
-
-    With it goes whether the run is still ours, and whether the checkpoint under way is written everywhere.
-    """
-    mine = (batch.local_tokens, batch.local_bytes, len(batch.quarantined), asked)
-    *agreed, lost, writing = parts.engine.world.sum(*mine, parts.owner.lost(), parts.saver.writing)
+def _agree(parts: Parts, batch: Any, asked: bool) -> list[float]:
+    """One all-reduce before the first backward: [targets, their text, bad samples, asked to stop, still writing]."""
+    mine = (batch.local_tokens, batch.local_bytes, len(batch.quarantined), asked, parts.saver.writing)
+    *agreed, lost = parts.engine.world.sum(*mine, parts.owner.lost())
     if lost:
         raise UserError(
             f"{parts.rundir.path} was taken over by another process while this one stood still; nothing more is "
             "written here"
         )
-    if not writing:
-        _finish_save(parts, point)
     return agreed
 
 
@@ -294,9 +290,9 @@ def _save(parts: Parts, point: Point, *, heldout: float | None = None, ephemeral
     parts.saver.begin(point.step, {"trainer": trainer, "files": parts.files})
 
 
-def _finish_save(parts: Parts, point: Point) -> None:
-    """Make the checkpoint that was begun, if any, visible, on every rank, and remove old ones."""
-    if not parts.saver.pending:
+def _finish_save(parts: Parts, point: Point, *, writing: bool = False) -> None:
+    """Make the checkpoint that was begun visible, on every rank, and remove old ones; nothing while it is `writing`."""
+    if writing or not parts.saver.pending:
         return
     parts.watch.enter("save", point.step)
     saved = parts.saver.finish()

@@ -31,7 +31,7 @@ from millrace.engine.owner import Ownership
 
 
 @dataclass(frozen=True)
-class Saved:
+class Written:
     """A checkpoint that is visible now: its step and size, and the seconds until then, and for which steps waited."""
 
     step: int
@@ -75,7 +75,7 @@ class Saver:
         content = Content(
             rank=self._world.rank,
             slices=self._copied() if self._background else list(owned_slices(self._adapter)),
-            fixed={name: value.clone() for name, value in fixed_tensors(self._adapter).items()},
+            fixed=fixed_tensors(self._adapter),
             extra=extra,
             facts=facts(self._adapter, step),
         )
@@ -91,17 +91,16 @@ class Saver:
         pin = self._world.device.type == "cuda"
         slices = []
         for piece in owned_slices(self._adapter):
-            copy = self._copies.get(piece.key)
-            if copy is None or copy.shape != piece.values.shape:
-                copy = torch.empty(piece.values.shape, dtype=piece.values.dtype, pin_memory=pin)
-                self._copies[piece.key] = copy
+            if piece.key not in self._copies:
+                self._copies[piece.key] = torch.empty(piece.values.shape, dtype=piece.values.dtype, pin_memory=pin)
+            copy = self._copies[piece.key]
             copy.copy_(piece.values, non_blocking=pin)
             slices.append(Slice(piece.key, piece.start, copy))
         if pin:
             torch.cuda.synchronize()
         return slices
 
-    def finish(self) -> Saved | None:
+    def finish(self) -> Written | None:
         """Wait until all ranks have written, and commit; None where nothing was begun.
 
         Raises:
@@ -127,7 +126,7 @@ class Saver:
                 shutil.rmtree(pending.temporary, ignore_errors=True)
             raise
         now = time.perf_counter()
-        return Saved(pending.content.facts["step"], size[0], now - pending.began, pending.stall + now - waited)
+        return Written(pending.content.facts["step"], size[0], now - pending.began, pending.stall + now - waited)
 
     def _raise_everywhere(self, error: str | None) -> None:
         """If any rank failed, fail on all: one rank alone would leave the others waiting in a collective."""
@@ -171,7 +170,7 @@ def _attempt(action: Any) -> str | None:
 
 def save_checkpoint(
     folder: Path, step: int, adapter: Adapter, world: World, extra: dict[str, Any], owner: Ownership | None = None
-) -> Saved:
+) -> Written:
     """Write `folder/step-N` from all ranks, and return when it is visible; see `Saver`."""
     saver = Saver(folder, adapter, world, owner, background=False)
     saver.begin(step, extra)

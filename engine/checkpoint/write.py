@@ -92,16 +92,14 @@ def _files(slices: list[Slice]) -> Iterator[list[Slice]]:
     part: list[Slice] = []
     room = FILE_BYTES
     for whole in slices:
-        start, size = 0, whole.values.element_size()
-        while start < whole.values.numel() or not whole.values.numel():
-            count = min(whole.values.numel() - start, room // size)
-            if count or not whole.values.numel():
-                part.append(Slice(whole.key, whole.start + start, whole.values.narrow(0, start, count)))
-                start, room = start + count, room - count * size
-            if start >= whole.values.numel():
-                break
-            yield part
-            part, room = [], FILE_BYTES
+        start, size, total = 0, whole.values.element_size(), whole.values.numel()
+        while start < total:
+            if room < size:
+                yield part
+                part, room = [], FILE_BYTES
+            count = min(total - start, room // size)
+            part.append(Slice(whole.key, whole.start + start, whole.values.narrow(0, start, count)))
+            start, room = start + count, room - count * size
     yield part
 
 
@@ -124,10 +122,11 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int
 def fixed_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     """Persistent buffers and frozen parameters by name, what the optimiser does not step; call it on every rank.
 
-    Under stage 3 frozen parameters are gathered one by one, and copied on rank 0 only.
+    Buffers are copied, for a step may change them while they are written. Frozen parameters are not, but for stage 3,
+    where they are gathered one by one, and copied on rank 0 only.
     """
     module = adapter.ds.module
-    fixed = {n: b.detach() for n, b in module.named_buffers() if _is_persistent(module, n)}
+    fixed = {n: b.detach().clone() for n, b in module.named_buffers() if _is_persistent(module, n)}
     for name, param in module.named_parameters():
         if param.requires_grad:
             continue

@@ -47,7 +47,6 @@ class Disk:
         self.root = root
         self.top = self._take_in(root)
         self.moments = 0
-        self._open: dict[int, Path] = {}
 
     def _take_in(self, path: Path) -> Folder:
         """What was there before is on the disk."""
@@ -94,7 +93,6 @@ class Disk:
             if not isinstance(folder.names.get(name), File):
                 folder.names[name] = File()
             folder.names[name].data = b""
-            self._open[handle.fileno()] = Path(file)
             self.moment()
         return handle
 

@@ -46,7 +46,7 @@ CONTAINER = SlurmConfig(
 @pytest.fixture
 def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/opt/my venv/bin/python")
-    monkeypatch.setattr("os.getcwd", lambda: "/home/ada/work")
+    monkeypatch.setattr("os.getcwd", lambda: "/home/ada/mill")
 
 
 @pytest.mark.parametrize(
