@@ -90,6 +90,17 @@ def leaves_out_a_sum(fault: dict[str, Any]) -> None:
     World.sum = faulty  # type: ignore[method-assign]
 
 
+def decides_alone(fault: dict[str, Any]) -> None:
+    """What a step is judged by is the rank's own, not the sum over all ranks."""
+    add = World.sum
+
+    def faulty(self: Any, *values: float) -> list[float]:
+        summed = add(self, *values)
+        return list(values) if due(fault) and len(values) == 3 else summed
+
+    World.sum = faulty  # type: ignore[method-assign]
+
+
 def slow(fault: dict[str, Any]) -> None:
     """Forward passes take longer by so many seconds."""
     forward = loop.Engine.forward
@@ -117,7 +128,15 @@ def flip(fault: dict[str, Any]) -> None:
     loop.Engine.forward = faulty  # type: ignore[method-assign]
 
 
-KINDS = {"loss": loss, "signal": send, "read": never_reads, "sum": leaves_out_a_sum, "slow": slow, "flip": flip}
+KINDS = {
+    "loss": loss,
+    "signal": send,
+    "read": never_reads,
+    "sum": leaves_out_a_sum,
+    "alone": decides_alone,
+    "slow": slow,
+    "flip": flip,
+}
 
 
 def count_steps() -> None:
