@@ -15,7 +15,7 @@ from millrace.core.errors import CONTINUE, DONE, STOP, UserError
 from millrace.core.rundir import RunDir
 from millrace.core.units import Duration
 from millrace.data.loader import Loader, spans_sha
-from millrace.engine.checkpoint.read import load_checkpoint, open_before
+from millrace.engine.checkpoint.read import list_checkpoints, load_checkpoint, open_before
 from millrace.engine.checkpoint.retention import prune
 from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.engine import Engine
@@ -123,16 +123,7 @@ def fit(parts: Parts) -> int:
             if saves:
                 _save(parts, point, heldout=heldout, ephemeral=not regular)
                 last_saved = point.step
-        if point.step > last_saved:
-            if odd := _odd_replicas(parts, point, point, True):
-                return _end(parts, point, CONTINUE, odd)
-            _save(parts, point, ephemeral=point.fraction(duration) < 1)
-        _finish_save(parts, point)
-        if not stop and point.fraction(duration) >= 1:
-            _evaluate(parts, point, progress)
-            earlier = "" if point.step > parts.point.step else " before; raise train.duration to go on"
-            return _end(parts, point, DONE, f"reached {duration}{earlier}")
-        return _end(parts, point, CONTINUE, f"asked to stop by {stop.name or 'another rank'}")
+        return _finish(parts, point, stop, progress, unsaved=point.step > last_saved)
 
 
 def _agree(parts: Parts, batch: Any, asked: bool) -> list[float]:
@@ -300,6 +291,40 @@ def _finish_save(parts: Parts, point: Point, *, writing: bool = False) -> None:
     if parts.engine.world.main:
         prune(parts.rundir.checkpoints, parts.config.checkpoint)
     parts.tracker.log("checkpoint", **asdict(saved))
+
+
+def _finish(parts: Parts, point: Point, stop: StopRequest, progress: Progress, *, unsaved: bool) -> int:
+    """After the last step of this start: save it, if there is time, and say why it was the last."""
+    duration = parts.config.train.duration
+    if late := _too_late(parts, stop, unsaved):
+        return _end(parts, point, CONTINUE, late)
+    if unsaved:
+        if odd := _odd_replicas(parts, point, point, True):
+            return _end(parts, point, CONTINUE, odd)
+        _save(parts, point, ephemeral=point.fraction(duration) < 1)
+    _finish_save(parts, point)
+    if not stop and point.fraction(duration) >= 1:
+        _evaluate(parts, point, progress)
+        earlier = "" if point.step > parts.point.step else " before; raise train.duration to go on"
+        return _end(parts, point, DONE, f"reached {duration}{earlier}")
+    return _end(parts, point, CONTINUE, f"asked to stop by {stop.name or 'another rank'}")
+
+
+def _too_late(parts: Parts, stop: StopRequest, unsaved: bool) -> str:
+    """Why a save is not waited for, or empty: on some rank the time left is shorter than the last one took.
+
+    A job that ends by itself is queued again; one that is killed while it saves need not be.
+    """
+    every = parts.engine.world.gather_objects((parts.saver.needs(unsaved), stop.left()))
+    needs, left = max(every, key=lambda rank: rank[0] - rank[1])
+    if needs <= left:
+        return ""
+    visible = list_checkpoints(parts.rundir.checkpoints)
+    newest = visible[0].name if visible else "its start"
+    return (
+        f"asked to stop by {stop.name or 'another rank'} with {max(left, 0):.0f} s left, and a save takes "
+        f"{needs:.0f} s: the run goes on from {newest}; a longer slurm.grace avoids that"
+    )
 
 
 def _end(parts: Parts, point: Point, code: int, why: str) -> int:

@@ -11,14 +11,13 @@ from typing import Any
 from millrace.core.config import to_dict, to_toml
 from millrace.core.console import say, warn
 from millrace.core.ledger import read_event
-from millrace.core.process import BEGAN
+from millrace.core.process import start_times
 from millrace.core.registry import lookup
 from millrace.core.rundir import RunDir, write_atomic
 from millrace.core.units import fmt_count
 from millrace.data.corpus import Corpus
 from millrace.data.loader import Loader, build_loader, heldout_batches, heldout_manifests
 from millrace.data.state import LoaderState
-from millrace.engine.checkpoint.read import open_newest, remove_leftovers
 from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.distributed import World, join_world, leave_world, world_size
 from millrace.engine.engine import Engine
@@ -75,8 +74,7 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
     with owned(rundir, identity, world) as owner, Watch(config.watchdog, rundir.path, world, owner.number) as watch:
         run_id = world.on_main(lambda: _claim(rundir, identity))
         engine, model = build_engine(config, world, settings, tokenizer.vocab_size)
-        found, rejected = open_newest(rundir.checkpoints, world)
-        resumed = resume(found, engine)
+        resumed = resume(rundir.checkpoints, engine)
         files = run_files(config, model.config, tokenizer)
         peak = sum(world.gather_objects(peak_flops(world.device, precision)))
         with (
@@ -102,9 +100,8 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
                 identity={"run_id": run_id},
             )
             loader.exclude(world.on_main(lambda: _quarantined(rundir)))
-            if found is not None:
-                tell_resumed(parts, found, rejected)
-            how = (run_id, precision, parts.point.step if found else None)
+            tell_resumed(parts, resumed)
+            how = (run_id, precision, resumed.step)
             tracker.log("start", **_start_record(parts, model, how, corpus))
             if world.main:
                 write_atomic(rundir.config, to_toml(config))
@@ -157,7 +154,6 @@ def _identity(config: PretrainConfig, rundir: RunDir, corpus: Corpus) -> dict[st
 
 def _claim(rundir: RunDir, identity: dict[str, Any]) -> str:
     run_id = rundir.claim(identity)
-    remove_leftovers(rundir.checkpoints)
     rundir.outcome.unlink(missing_ok=True)
     return run_id
 
@@ -195,7 +191,7 @@ def _start_record(parts: Parts, model: Any, how: tuple[str, str, int | None], co
     run_id, precision, resumed = how
     ds = parts.engine.ds
     return {
-        "began": BEGAN,
+        **start_times(),
         "run_id": run_id,
         "world": parts.engine.world.size,
         "zero_stage": ds.zero_optimization_stage(),

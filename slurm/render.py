@@ -54,6 +54,7 @@ if ((starts >= {STARTS})); then
   exit {STOP}
 fi
 echo "job $SLURM_JOB_ID ended with $code and is queued again (newest checkpoint: $newest)"
+date +%s > "$run/slurm/ended"
 scontrol requeue "$SLURM_JOB_ID" || echo "it could not be queued again; submit it again"
 exit {CONTINUE}
 """
@@ -90,7 +91,12 @@ def render(config: SlurmConfig, command: Sequence[str], run_dir: str | Path, sha
         f"run={shlex.quote(str(run.path))}\n"
         "outcome=$run/outcome.json\n"
         "# What an earlier job left must not be taken for this one's.\n"
-        'rm -f "$outcome"\n',
+        'rm -f "$outcome"\n'
+        "# For the report, which tells how long a restart took.\n"
+        "MILLRACE_JOB_ENDED=\n"
+        'if [[ -r $run/slurm/ended ]]; then read -r MILLRACE_JOB_ENDED < "$run/slurm/ended"; fi\n'
+        "MILLRACE_JOB_BEGAN=$(date +%s)\n"
+        "export MILLRACE_JOB_ENDED MILLRACE_JOB_BEGAN\n",
         "code=0\n" + _srun(config, command, run),
         _OUTCOME,
         _REQUEUE if config.requeue else 'exit "$code"\n',

@@ -132,10 +132,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a kill left behind; call it on one rank before the run starts writing."""
-    for path in folder.glob("step-*.tmp-*"):
+def remove_leftovers(folder: Path) -> list[int]:
+    """Remove what a kill left behind; call it on one rank before the run starts writing.
+
+    Returns:
+        The steps whose save was cut off.
+    """
+    unfinished = []
+    for path in sorted(folder.glob("step-*.tmp-*")):
         shutil.rmtree(path, ignore_errors=True)
+        step, _, owner = path.name[5:].partition(".tmp-")
+        if step.isdigit() and owner.isdigit():  # not one that was being removed
+            unfinished.append(int(step))
+    return unfinished
 
 
 def open_newest(folder: Path, world: World | None = None) -> tuple[Checkpoint | None, list[dict[str, str]]]:

@@ -53,6 +53,12 @@ class Saver:
         self._background = background
         self._copies: dict[str, torch.Tensor] = {}
         self._pending: _Pending | None = None
+        self.took = 0.0  # seconds that this rank copied and wrote the last one for
+
+    def needs(self, another: bool) -> float:
+        """Seconds until all that was begun is written, and `another`, if they take as long as the last."""
+        going = time.perf_counter() - self._pending.began if self._pending and self._pending.alive() else self.took
+        return max(0.0, self.took - going) + (self.took if another else 0.0)
 
     @property
     def pending(self) -> bool:
@@ -112,6 +118,7 @@ class Saver:
             return None
         waited = time.perf_counter()
         pending.wait()
+        self.took = pending.took
         size = [0]
         final = self._folder / step_name(pending.content.facts["step"])
 
@@ -144,6 +151,7 @@ class _Pending:
     def __init__(self, temporary: Path, content: Content, began: float) -> None:
         self.temporary, self.content, self.began, self.stall = temporary, content, began, 0.0
         self.error: str | None = None
+        self.took = 0.0
         self._thread = threading.Thread(target=self._write, name="millrace-save", daemon=True)
         self._thread.start()
 
@@ -152,6 +160,7 @@ class _Pending:
             write_rank(self.temporary, self.content)
         except Exception as error:  # a thread's would be lost
             self.error = f"{error}" if isinstance(error, OSError) else repr(error)
+        self.took = time.perf_counter() - self.began
 
     def alive(self) -> bool:
         return self._thread.is_alive()

@@ -12,6 +12,7 @@ from millrace.core.errors import CONTINUE, DONE, STOP
 from millrace.core.ledger import consumed, effective
 from millrace.core.units import fmt_count, fmt_seconds
 from millrace.eval.report.goodput import Goodput, goodput
+from millrace.eval.report.recovery import Recovery, recoveries
 
 Record = dict[str, Any]
 # A single step's loss is mostly noise: the reported one is the mean of the last steps.
@@ -43,7 +44,7 @@ class History:
     norms: list[Record]
     samples: list[Record]
     checkpoints: list[Record]
-    resumes: list[Record]
+    recoveries: list[Recovery]
     restarts: list[int]
     recomputed: int
     end: Record | None
@@ -66,7 +67,7 @@ class History:
             norms=effective(records, "norms"),
             samples=effective(records, "sample"),
             checkpoints=[record for record in records if record["event"] == "checkpoint"],
-            resumes=[record for record in records if record["event"] == "resume"],
+            recoveries=recoveries(records),
             restarts=used.restarts,
             recomputed=used.recomputed,
             end=ends[-1] if ends else None,

@@ -11,13 +11,14 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from millrace.core.process import run_process
 from millrace.data.loader import Loader
-from millrace.engine.checkpoint import write
+from millrace.engine.checkpoint import saver, write
 from millrace.engine.distributed import World
 from millrace.pretrain import loop
 from millrace.pretrain import run as pretrain_run
@@ -113,6 +114,18 @@ def slow(fault: dict[str, Any]) -> None:
     loop.Engine.forward = faulty  # type: ignore[method-assign]
 
 
+def slow_disk(fault: dict[str, Any]) -> None:
+    """Writing a rank's part of a checkpoint takes longer by so many seconds, once it has begun."""
+    real = saver.write_rank
+
+    def faulty(temporary: Path, content: Any) -> None:
+        temporary.mkdir(parents=True, exist_ok=True)
+        time.sleep(fault["seconds"])
+        real(temporary, content)
+
+    saver.write_rank = faulty
+
+
 def flip(fault: dict[str, Any]) -> None:
     """One bit of one weight turns over as the step begins."""
     forward = loop.Engine.forward
@@ -135,6 +148,7 @@ KINDS = {
     "sum": leaves_out_a_sum,
     "alone": decides_alone,
     "slow": slow,
+    "disk": slow_disk,
     "flip": flip,
 }
 

@@ -23,6 +23,7 @@ from tests.faults.crash import KINDS, Disk, restore, watched
 from tests.faults.saves import save
 from tests.ranks import ROOT, environment
 
+
 def after_crash(disk: Disk, kind: str, scratch: Path) -> int:
     """The step that a run goes on from; every visible checkpoint must verify."""
     shutil.rmtree(scratch, ignore_errors=True)

@@ -77,6 +77,29 @@ def test_a_rank_killed_anywhere_is_continued_to_the_same_end(
     assert recomputed(again) <= EVERY + (2 if saving else 0)  # a save that was under way counts for nothing
 
 
+@pytest.mark.slow
+def test_a_grace_too_short_for_a_save_falls_back_to_the_one_before(
+    runs: Any, twins: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save takes four seconds, the launcher gives two; rank 0 was not asked itself."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as under torchrun")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
+    faults = [{"kind": "disk", "seconds": 4}]
+    faults += [{"kind": "signal", "signal": "SIGTERM", "at": "forward", "ranks": [1], "steps": [7]}]
+    run = runs("run", faults, *STEPS, "engine.zero_stage=2")
+    (end,) = run.events("end")
+    assert run.codes == [0, 0] and end["outcome"] == 75, run.said  # as torchrun wants it
+    assert "with 2 s left, and a save takes" in end["why"] and "goes on from step-00000003" in end["why"]
+    assert "goes on from step-00000003; a longer slurm.grace avoids that" in " ".join(run.said[0].split())
+    monkeypatch.undo()
+    again = runs("run", [], *STEPS, "engine.zero_stage=2")
+    assert again.codes == [0, 0] and recomputed(again) == 4, again.said
+    assert "the save of step 6 was cut off before it was whole" in " ".join(again.said[0].split())
+    (resumed,) = again.events("resume")
+    assert (resumed["step"], resumed["unfinished"], resumed["again"]) == (3, [6], 4) and resumed["seconds"] > 0
+    check_equal(again, twins(2))
+
+
 STOPS = [
     pytest.param(name, at, marks=() if (name, at) == ("SIGUSR1", "save") else
                  pytest.mark.slow, id=f"{name}-{at}")
