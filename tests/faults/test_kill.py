@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections import Counter
 from typing import Any
@@ -89,7 +90,7 @@ def test_a_grace_too_short_for_a_save_falls_back_to_the_one_before(
     run = runs("run", faults, *STEPS, "engine.zero_stage=2")
     (end,) = run.events("end")
     assert run.codes == [0, 0] and end["outcome"] == 75, run.said  # as torchrun wants it
-    assert "with 2 s left, and a save takes" in end["why"] and "goes on from step-00000003" in end["why"]
+    assert re.search(r"with [012] s left, and a save takes \d+ s: the run goes on from step-00000003", end["why"])
     assert "goes on from step-00000003; a longer slurm.grace avoids that" in " ".join(run.said[0].split())
     monkeypatch.undo()
     again = runs("run", [], *STEPS, "engine.zero_stage=2")
