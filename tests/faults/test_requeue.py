@@ -82,6 +82,23 @@ def test_a_rank_killed_in_a_job_is_started_again(cluster: Path, config_file: Pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_a_memory_limit_ends_the_job_with_93(cluster: Path, config_file: Path) -> None:  # noqa: F811
+    """A model of 26 GB where a process may have 16 GiB of addresses."""
+    run = cluster
+    large = (
+        "model.config.hidden_size=32768",
+        "model.config.intermediate_size=65536",
+        "slurm.setup=['ulimit -v 16777216']",
+    )
+    job = submit(config_file, run, *large)
+    assert wait(job, 600) == ("FAILED", 93), job_log(run, job)
+    log = " ".join(job_log(run, job).split())
+    assert log.count("is out of memory: ") >= 3 and "lower train.micro_batch" in log and "rank 0 on " in log
+    assert log.count("is queued again") == 2 and "3 starts on end made no checkpoint (newest: none)" in log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_mistake_that_stays_ends_the_job_with_93(cluster: Path, config_file: Path) -> None:  # noqa: F811
     run = cluster
     job = submit(config_file, run, "data.manifest=/nowhere/at/all")
