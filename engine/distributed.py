@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from millrace.core.errors import UserError
 from millrace.engine.ops import use_operators
+from millrace.engine.rendezvous import meet
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -101,12 +102,15 @@ def join_world(deepspeed_config: dict[str, Any]) -> World:
         os.environ.pop("ACCELERATE_USE_CPU", None)
     # Named, because otherwise each rank on a CPU believes that it is alone.
     backend = "gloo" if use_cpu else "nccl"
+    joining = InitProcessGroupKwargs(backend=backend)
+    assert joining.timeout is not None
+    meet(backend, joining.timeout)
     plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints a line about each operator
         accelerator = Accelerator(
             deepspeed_plugin=plugin,
             gradient_accumulation_steps=deepspeed_config["gradient_accumulation_steps"],
-            kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
+            kwargs_handlers=[joining],
         )
     # The plugin tells transformers to partition every model that it constructs from now on; millrace does that itself.
     from transformers.integrations import deepspeed as integration
