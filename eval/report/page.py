@@ -161,15 +161,14 @@ def _told(record: Record) -> str:
 
 def _restarts(history: History) -> str:
     """A row for each: why, where it went on, and how long that took, by part."""
-    parts = [part for part in PARTS if any(part in found.seconds for found in history.recoveries)]
     rows = []
     for found in history.recoveries[-_ROWS:]:
-        times = [fmt_seconds(found.seconds[part]) if part in found.seconds else "" for part in parts]
-        total = fmt_seconds(sum(found.seconds.values()))
+        parts = ", ".join(f"{part} {fmt_seconds(found.seconds[part])}" for part in PARTS if part in found.seconds)
+        took = f"{fmt_seconds(sum(found.seconds.values()))}: {parts}"
         refused = "; ".join(f"{r.get('path')}: {r.get('why')}" for r in found.rejected)
-        after = [found.why, f"{found.step:,}", f"{found.again:,}", total, *times]
-        rows.append([_when(found.time), *after, found.source, refused or "none"])
-    head = ["time", "why", "from step", "steps again", "recovery", *parts, "checkpoint", "checkpoints refused"]
+        row = [_when(found.time), f"{found.step:,}", f"{found.again:,}", found.why, took, refused or "none"]
+        rows.append(row)
+    head = ["time", "from step", "steps again", "why", "time to go on", "checkpoints refused"]
     return _table("Restarts", head, rows, len(history.recoveries))
 
 

@@ -24,7 +24,6 @@ class Recovery:
 
     time: float
     step: int
-    source: str
     rejected: list[dict[str, str]]
     why: str
     again: int
@@ -48,7 +47,6 @@ def _recovery(before: list[Record], resume: Record, after: list[Record]) -> Reco
     return Recovery(
         time=resume["time"],
         step=resume["step"],
-        source=str(resume.get("from", "")),
         rejected=resume.get("rejected") or [],
         why=str(ending.get("why", "killed or lost: it recorded no end")),
         again=int(resume.get("again", 0)),

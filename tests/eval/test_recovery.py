@@ -16,13 +16,13 @@ def record(event: str, time: float, **fields: Any) -> dict[str, Any]:
 def ledger(**start: Any) -> list[dict[str, Any]]:
     """Killed at 130; another start that reads a checkpoint for 3 s."""
     first = [record("start", 110.0, began=100.0), record("step", 120.0, step=1), record("step", 130.0, step=2)]
-    resume = record("resume", 188.0, step=1, again=1, seconds=3.0, rejected=[], **{"from": "x/step-1"})
+    resume = record("resume", 188.0, step=1, again=1, seconds=3.0, rejected=[])
     return [*first, resume, record("start", 190.0, began=175.0, **start), record("step", 197.0, step=2)]
 
 
 def test_a_killed_run_without_a_batch_script() -> None:
     (found,) = recoveries(ledger())
-    assert (found.step, found.again, found.source, found.rejected) == (1, 1, "x/step-1", [])
+    assert (found.step, found.again, found.rejected) == (1, 1, [])
     assert found.why == "killed or lost: it recorded no end"
     assert found.seconds == {"down": 45.0, "init": 12.0, "load": 3.0, "first step": 7.0}
     assert sum(found.seconds.values()) == 197.0 - 130.0, "from the last step before to the first after"
