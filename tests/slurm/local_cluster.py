@@ -57,6 +57,7 @@ MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
 KillWait=5
+SlurmdTimeout=15
 SlurmdParameters=config_overrides
 {nodes}
 PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP
@@ -159,6 +160,33 @@ def stop(directory: Path) -> None:
                 os.kill(pid, number)
         with contextlib.suppress(RuntimeError):
             _wait(partial(_none_alive, known), 5, "all processes ended")
+
+
+def lose(directory: Path, node: str) -> None:
+    """End the node's slurmd, and all that it started, by SIGKILL: what a power cut leaves."""
+    doomed = [pid for pid in _processes(directory.resolve()) if _is_of(pid, node)]
+    assert doomed, f"nothing runs on {node}"
+    for pid in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _is_of(pid: int, node: str) -> bool:
+    """A slurmd or slurmstepd holds its node's log open; what they start carries the node's name."""
+    with contextlib.suppress(OSError):
+        if f"SLURMD_NODENAME={node}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return True
+        return any(os.readlink(link).endswith(f"/slurmd-{node}.log") for link in Path(f"/proc/{pid}/fd").iterdir())
+    return False
+
+
+def revive(directory: Path, node: str, owner: int) -> None:
+    """Start a lost node's slurmd again."""
+    directory = directory.resolve()
+    environment = client_environment(directory)
+    marked = environment | {MARK: str(directory), OWNER: _identity(owner)}
+    _daemon(["slurmd", "-D", "-N", node, "-f", str(directory / "slurm.conf")], f"slurmd-{node}", directory, marked)
+    _wait(lambda: _node_states(environment) == ["idle"] * len(NODES), 60, "both nodes idle")
 
 
 def _config(directory: Path) -> str:
