@@ -42,7 +42,7 @@ _ROWS = {
     "steps_per_minute": "steps that count, a minute", "step_seconds": "median step, s",
     "recomputed_steps": "steps computed again", "samples_lost": "samples lost", "samples_repeated": "samples repeated",
     "samples_computed_again": "samples computed again", "steps_not_taken": "steps not taken (guard)",
-    "steps_not_finite": "steps whose loss is not finite", "interventions": "interventions by hand",
+    "steps_poisoned": "steps with weights that a NaN got into", "interventions": "interventions by hand",
     "restarts_from_zero": "silent restarts from step 0", "damaged_loaded": "damaged checkpoints loaded",
     "hangs_ended_by_deadline": "hangs that the supervisor ended", "orphans": "processes left behind",
     "ended_by_itself": "ended by itself", "final_loss": "loss at the end",

@@ -77,7 +77,7 @@ def figures(records: Sequence[Record], history: History, reference: Sequence[Seq
         "samples_repeated": repeated,
         "samples_computed_again": sum(len(s["samples"]) for s in computed) - sum(len(s["samples"]) for s in steps),
         "steps_not_taken": sum((s["step"], s["time"]) in not_taken for s in steps),
-        "steps_not_finite": sum(not math.isfinite(s["loss"]) for s in steps),
+        "steps_poisoned": poisoned(steps),
         "interventions": len(history.interventions),
         "restarts_from_zero": sum(s.resumed == 0 and s.newest is not None for s in restarts),
         "damaged_loaded": sum(s.damaged and s.resumed == s.newest for s in restarts),
@@ -87,6 +87,12 @@ def figures(records: Sequence[Record], history: History, reference: Sequence[Seq
         "recovery_seconds": recovery(done),
         "final_loss": median([s["loss"] for s in steps[-20:]]) if steps else math.nan,
     }
+
+
+def poisoned(steps: Sequence[Record]) -> int:
+    """Steps whose loss is not finite, and that of the step before was not either: it got into the weights."""
+    bad = [not math.isfinite(step["loss"]) for step in steps]
+    return sum(now and before for before, now in zip(bad, bad[1:], strict=False))
 
 
 def recovery(faults: Iterable[Record]) -> dict[str, float]:

@@ -102,12 +102,12 @@ def arguments(job: dict[str, Any], parameters: int) -> TrainingArguments:
         optim="adamw_torch_fused", adam_beta2=0.95, weight_decay=0.1, report_to=[], logging_steps=10,
         save_strategy="no" if job.get("order") else "steps", save_steps=job["every"], save_total_limit=2,
         enable_jit_checkpoint=job["jit"], disable_tqdm=True, deepspeed=deepspeed(parameters, ranks), bf16=False,
-        ddp_backend=None, remove_unused_columns=False,
+        accelerator_config={"use_configured_state": True}, remove_unused_columns=False,
     )  # fmt: skip
 
 
 def main() -> None:
-    import torch.distributed as dist
+    from accelerate import PartialState
 
     from millrace.engine.ops import use_operators
     from millrace.models.bridge import build_model
@@ -117,7 +117,10 @@ def main() -> None:
     job, orders = json.loads(sys.argv[1]), Orders()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     use_operators()
-    dist.init_process_group("gloo")
+    # Left to itself the Trainer gives Accelerate no backend beside DeepSpeed, and on a CPU every rank takes itself for
+    # the only one: both would train on the same rows.
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
     sizes = ModelConfig(kind="qwen3", config=dict(corpus.SIZES), attention="sdpa")
     model = build_model(sizes, corpus.VOCABULARY, corpus.LENGTH, 0)
     log = Log(Path(job["folder"]) / f"log-{orders.rank}.jsonl", orders.start)
