@@ -11,7 +11,8 @@ quicker, the Trainer has none, and gloo's time limit is 30 minutes); and after t
 removes the newest checkpoint, as an engineer would, and counts an intervention.
 
 Faults come in the order and with the pauses that the seed draws. The clock of the pauses stands still while a job
-does not train, so every fault meets a job that trains, and an arm that is down for longer meets fewer of them.
+does not train or has fewer than two checkpoints, so every fault meets a job that trains and could fall back, and an arm
+that is down for longer meets fewer of them.
 
 Goodput is the time of the steps whose updates are in the last weights, as a share of the wall time. Samples lost and
 repeated are those of that effective stream, beside the stream of a run that is never interrupted: of millrace from its

@@ -9,14 +9,28 @@ from pathlib import Path
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint by the number in its name (`step-00000020`, `checkpoint-20`), whole or not."""
-    found = [p for p in folder.glob("*") if p.is_dir() and re.fullmatch(r"(step|checkpoint)-\d+", p.name)]
-    return max(found, key=number, default=None)
+    """The newest checkpoint by the number in its name, whole or not."""
+    return max(_all(folder), key=number, default=None)
+
+
+def count(folder: Path) -> int:
+    """How many checkpoints there are."""
+    return len(_all(folder))
+
+
+def _all(folder: Path) -> list[Path]:
+    """`step-00000020`, `checkpoint-20`; not what is still being written under another name."""
+    return [p for p in folder.glob("*") if re.fullmatch(r"(step|checkpoint)-\d+", p.name) and p.is_dir()]
 
 
 def number(path: Path) -> int:
     """The step in a checkpoint's name."""
     return int(path.name.rpartition("-")[2])
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Differs from that of another checkpoint of the same step that took its place; damage does not change it."""
+    return number(path), path.stat().st_mtime_ns
 
 
 def place(checkpoint: Path, at: float) -> tuple[Path, int]:

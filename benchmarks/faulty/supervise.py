@@ -77,7 +77,8 @@ class History:
 class Soak:
     """Runs one arm. `deadline` is how long a job may take no step before it is ended as hanging.
 
-    The clock of the faults runs only while the job trains, so that each of them meets a job that trains.
+    The clock of the faults runs only while the job trains and has two checkpoints, so that each of them meets a job
+    that trains, and one that damages the newest checkpoint leaves another.
     """
 
     def __init__(self, arm: Arm, faults: Iterator[Fault], seconds: float, deadline: float) -> None:
@@ -85,7 +86,7 @@ class Soak:
         self._began, self._seconds = time.time(), seconds
         self._tail = Tail(arm.ledger)
         self.history = History()
-        self._failures, self._damaged = 0, -1
+        self._failures, self._damaged = 0, (0, 0)
         self._next, self._trained = next(faults), 0.0
         self._now: dict[str, Any] | None = None  # the fault under way
         self._taken: Path | None = None  # shows that a rank took an order
@@ -105,7 +106,7 @@ class Soak:
     def _one_start(self) -> None:
         number, newest = len(self.history.starts), damage.newest(self._arm.checkpoints)
         at = damage.number(newest) if newest else None
-        start = Start(number, self._clock(), at, at is not None and at == self._damaged)
+        start = Start(number, self._clock(), at, newest is not None and damage.identity(newest) == self._damaged)
         self.history.starts.append(start)
         log = self._arm.folder / f"start-{number:03d}.log"
         with Job(self._arm.command(), self._arm.environment(number), log) as job:
@@ -119,7 +120,7 @@ class Soak:
         looked = self._clock()
         while job.launcher.poll() is None and (now := self._clock()) < self._seconds:
             self._read(start)
-            if start.first is not None and self._now is None:
+            if start.first is not None and self._now is None and damage.count(self._arm.checkpoints) > 1:
                 self._trained += now - looked
                 if self._trained >= self._next.after:
                     self._strike(job)
@@ -166,7 +167,7 @@ class Soak:
         checkpoint = damage.newest(self._arm.checkpoints)
         if checkpoint is None:
             return "there was no checkpoint"
-        self._damaged = damage.number(checkpoint)
+        self._damaged = damage.identity(checkpoint)
         torn = fault.kind == "torn"
         done = damage.tear(checkpoint, fault.at) if torn else damage.flip(checkpoint, fault.at, fault.bit)
         return f"{checkpoint.name}: {done}"
@@ -190,8 +191,6 @@ class Soak:
         """After the end of a start."""
         self._read(start)
         start.ended, start.code = self._clock(), job.launcher.returncode
-        if self._damaged >= 0 and damage.newest(self._arm.checkpoints) is None:
-            self._damaged = -1
         self.history.over = self._arm.over(job.began) and self._clock() < self._seconds
         self._failures = 0 if start.first is not None else self._failures + 1
         if self._failures >= FAILURES and not self.history.over:
