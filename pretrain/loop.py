@@ -18,6 +18,8 @@ from millrace.data.loader import Loader, spans_sha
 from millrace.engine.checkpoint.read import load_checkpoint, open_before
 from millrace.engine.checkpoint.retention import prune
 from millrace.engine.checkpoint.saver import Saver
+from millrace.engine.checkpoint.upload import Uploader
+from millrace.engine.checkpoint.write import step_name
 from millrace.engine.engine import Engine
 from millrace.engine.guard import RETURNS, Guard
 from millrace.engine.owner import Ownership
@@ -30,6 +32,7 @@ from millrace.pretrain.config import PretrainConfig
 from millrace.pretrain.progress import Progress
 from millrace.pretrain.schedule import Point
 from millrace.pretrain.tracking import Tracker
+from millrace.pretrain.uploads import tell_uploads
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Parts:
     sample: Callable[[], list[tuple[str, str]]] | None = None
     point: Point = field(default_factory=Point)
     identity: dict[str, Any] = field(default_factory=dict)  # run id and lineage, into every checkpoint
+    uploader: Uploader | None = None  # on rank 0
 
 
 def fit(parts: Parts) -> int:
@@ -292,13 +296,17 @@ def _save(parts: Parts, point: Point, *, heldout: float | None = None, ephemeral
 
 def _finish_save(parts: Parts, point: Point, *, writing: bool = False) -> None:
     """Make the checkpoint that was begun visible, on every rank, and remove old ones; nothing while it is `writing`."""
+    tell_uploads(parts)
     if writing or not parts.saver.pending:
         return
     parts.watch.enter("save", point.step)
     saved = parts.saver.finish()
     assert saved is not None
+    uploader, folder = parts.uploader, parts.rundir.checkpoints
     if parts.engine.world.main:
-        prune(parts.rundir.checkpoints, parts.config.checkpoint)
+        prune(folder, parts.config.checkpoint, uploader.steps if uploader else ())
+    if uploader:
+        uploader.offer(folder / step_name(saved.step))
     parts.tracker.log("checkpoint", **asdict(saved))
 
 
