@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "az", "file")
-RETRIES = 3  # of each request, a part of a file for one
+RETRIES = 10  # of each request, a part of a file for one, within the deadline
 _PART, _PARTS = 8 * 2**20, 9000  # bytes of a part, unless S3's 10,000 of an object would not do
 _AT_ONCE = 4  # parts on their way, and in memory
 

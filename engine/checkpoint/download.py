@@ -62,9 +62,7 @@ def open_remote(folder: RemoteFolder, name: str) -> Remote | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         good = False
     if not good:
-        raise UserError(
-            f"{folder.url}/{name}/{MANIFEST} is not that of a checkpoint of that step; nothing is taken of it"
-        )
+        raise UserError(f"{folder.url}/{name}/{MANIFEST} is no manifest of a checkpoint of that step; it is not used")
     return Remote(folder, name, raw, manifest)
 
 
