@@ -38,7 +38,7 @@ def begin_uploads(url: str, rundir: RunDir, world: World, step: int) -> Uploader
 def tell_uploads(parts: Parts) -> None:
     """What happened since the last call, into the ledger; what failed, also to the user."""
     for found in parts.uploader.told() if parts.uploader else ():
-        parts.tracker.log("upload", **asdict(found))
+        parts.tracker.log("upload", **{key: value for key, value in asdict(found).items() if value != ""})
         if found.why:
             warn(f"the checkpoint of step {found.step} is not in {found.to}: {found.why}; the run goes on")
 

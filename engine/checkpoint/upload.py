@@ -25,7 +25,7 @@ from millrace.engine.checkpoint.retention import read_saved
 
 MANIFEST, IDENTITY = "MANIFEST.json", "run.json"
 MOST = 2**28  # bytes of a JSON file that is read from a store
-PATIENCE = Patience(stall=20.0, deadline=60.0)  # for one request with its repetitions
+PATIENCE = Patience(stall=20.0, deadline=40.0)  # for one request with its repetitions
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,19 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
 
 from millrace.core.process import run_process
 from millrace.data.loader import Loader
-from millrace.engine.checkpoint import write
+from millrace.data.stores import remote
+from millrace.data.stores.waiting import Patience
+from millrace.engine.checkpoint import download, write
+from millrace.engine.checkpoint.upload import Uploader
 from millrace.engine.distributed import World
-from millrace.pretrain import loop
+from millrace.pretrain import loop, uploads
 from millrace.pretrain import run as pretrain_run
 from millrace.pretrain.config import PretrainConfig
 from millrace.pretrain.main import main_rank
@@ -117,7 +121,23 @@ def flip(fault: dict[str, Any]) -> None:
     loop.Engine.forward = faulty  # type: ignore[method-assign]
 
 
-KINDS = {"loss": loss, "signal": send, "read": never_reads, "sum": leaves_out_a_sum, "slow": slow, "flip": flip}
+def impatient(fault: dict[str, Any]) -> None:
+    """Stores, of checkpoints and of data, are given up after so many seconds."""
+    patience = Patience(stall=fault["seconds"] / 2, deadline=fault["seconds"], unknown=fault["seconds"])
+    uploads.Uploader = partial(Uploader, patience=patience)  # type: ignore[misc,assignment]
+    download._ASK_SECONDS = fault["seconds"]
+    remote.ObjectBlob.__init__.__defaults__ = (patience,)  # type: ignore[misc]
+
+
+KINDS = {
+    "loss": loss,
+    "signal": send,
+    "read": never_reads,
+    "sum": leaves_out_a_sum,
+    "slow": slow,
+    "flip": flip,
+    "impatient": impatient,
+}
 
 
 def count_steps() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from millrace.core.lease import acquire
+from millrace.core import lease
 from millrace.core.rundir import RunDir
 from millrace.engine.checkpoint.read import verdict
 from millrace.engine.checkpoint.upload import Uploader
@@ -62,7 +62,8 @@ def test_into_a_folder_of_no_run(url: str, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["step-00000002"]
 
 
-def test_what_cannot_be_downloaded(url: str, tmp_path: Path, capsys: Capture) -> None:
+def test_what_cannot_be_downloaded(url: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "EXPIRES", 0.5)
     run = RunDir(tmp_path / "again")
     assert main(["checkpoint", "download", f"{url}/step-00000003", str(run.checkpoints)]) == 1
     assert "holds no complete checkpoint" in shown(capsys)
@@ -72,6 +73,6 @@ def test_what_cannot_be_downloaded(url: str, tmp_path: Path, capsys: Capture) ->
     run.create({"seed": 3})
     assert main(["checkpoint", "download", url, str(run.checkpoints)]) == 1
     assert "holds another run" in shown(capsys)
-    with acquire(tmp_path / "tiny"):
+    with lease.acquire(tmp_path / "tiny"):
         assert main(["checkpoint", "download", url, str(tmp_path / "tiny" / "checkpoints")]) == 1
     assert "is being written by" in shown(capsys)
