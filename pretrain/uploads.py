@@ -18,7 +18,7 @@ from millrace.engine.signals import StopRequest
 if TYPE_CHECKING:
     from millrace.pretrain.loop import Parts
 
-_DONE_SECONDS, _STOP_SECONDS = 600.0, 30.0  # for what is under way when a run is done, or was asked to stop
+_DONE_SECONDS, _STOP_SECONDS = 600.0, 30.0  # for what is under way when a run is done; else
 
 
 def begin_uploads(url: str, rundir: RunDir, world: World, step: int) -> Uploader | None:
@@ -53,8 +53,8 @@ def end_uploads(parts: Parts, outcome: int) -> None:
         say(f"waiting for the checkpoint of step {max(uploader.steps)} to be in {uploader.url}")
     with StopRequest() as stop:
         while uploader.steps:
-            limit = _DONE_SECONDS if outcome == DONE and not stop else _STOP_SECONDS
-            if time.monotonic() - began > limit:
+            patient = outcome == DONE and not stop and not uploader.failing
+            if time.monotonic() - began > (_DONE_SECONDS if patient else _STOP_SECONDS):
                 break
             time.sleep(0.05)
     tell_uploads(parts)

@@ -49,6 +49,7 @@ class Uploader:
         self._now: Path | None = None
         self._told: list[Uploaded] = []
         self._owned = False
+        self.failing = False  # whether the last attempt failed
         self._thread: threading.Thread | None = None
 
     @property
@@ -96,6 +97,7 @@ class Uploader:
             result = self._attempt(self._now)
             with self._changed:
                 self._told += [result] if result else []
+                self.failing = result is not None and bool(result.why)
                 self._now = None
 
     def _attempt(self, path: Path) -> Uploaded | None:
