@@ -191,6 +191,10 @@ def _environment() -> None:
     # "2", "2(x3)" or "2(x3),1": tasks on each node; a task cannot tell which entry is its own, nodes are alike.
     per_node = env.get("SLURM_TASKS_PER_NODE", "").split("(")[0].split(",")[0]
     env.setdefault("LOCAL_WORLD_SIZE", per_node if _in_srun() and per_node else env["WORLD_SIZE"])
+    alone = env["LOCAL_WORLD_SIZE"] == env["WORLD_SIZE"] and env["MASTER_ADDR"] in ("127.0.0.1", "localhost")
+    if alone and any(name == "lo" for _, name in socket.if_nameindex()):
+        # gloo would look up this machine's own name, for every group, and listen on whatever address that has
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _first_host(nodelist: str) -> str:

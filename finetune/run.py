@@ -22,6 +22,7 @@ from millrace.core.rundir import RunDir, write_atomic
 from millrace.core.units import Duration, fmt_count
 from millrace.data.loader import check_batch
 from millrace.data.stream import Deal
+from millrace.engine.checkpoint.download import restore
 from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.distributed import World, join_world, leave_world, world_size
 from millrace.engine.engine import Engine
@@ -50,6 +51,7 @@ from millrace.pretrain.loop import Parts, fit
 from millrace.pretrain.resume import resume, tell_resumed
 from millrace.pretrain.run import versions
 from millrace.pretrain.tracking import Tracker
+from millrace.pretrain.uploads import begin_uploads, end_uploads
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precisi
                 guard=Guard(config.guard, resumed.guard),
                 point=resumed.point,
                 identity={"run_id": prepared.run_id, "source": prepared.base},
+                uploader=begin_uploads(config.checkpoint.upload, prepared.rundir, world, resumed.point.step),
             )
             tell_resumed(parts, resumed)
             tracker.log("start", **_start_record(parts, prepared, precision, resumed.step))
@@ -139,6 +142,7 @@ def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precisi
                 for prompt, text in parts.sample() if parts.sample else ():
                     tracker.log("sample", step=0, prompt=prompt, text=text)
             outcome = fit(parts)
+            end_uploads(parts, outcome)
         if outcome == DONE:
             written = world.on_main(lambda: _results(prepared, peft))
             if world.main:
@@ -172,11 +176,12 @@ def prepare(config: FinetuneConfig, world: World) -> Iterator[Prepared]:
     rundir = RunDir(Path(config.run.dir) / config.run.name)
     identity = fingerprint(config, hash_examples(train))
     with owned(rundir, identity, world) as owner, Watch(config.watchdog, rundir.path, world, owner.number) as watch:
-        run_id, base = world.on_main(lambda: _claim(rundir, identity, source))
+        run_id, base = world.on_main(lambda: _claim(config, rundir, identity, source))
         yield Prepared(task, tokenizer, train, heldout, rundir, run_id, base, owner, watch)
 
 
-def _claim(rundir: RunDir, identity: dict[str, Any], source: Source) -> tuple[str, str]:
+def _claim(config: FinetuneConfig, rundir: RunDir, identity: dict[str, Any], source: Source) -> tuple[str, str]:
+    restore(config.checkpoint.upload, rundir, identity)
     run_id, base = rundir.claim(identity), rundir.path / "base"
     if not rundir.started:
         shutil.rmtree(base, ignore_errors=True)  # left by a start that failed, perhaps from another source

@@ -18,6 +18,7 @@ from millrace.core.units import fmt_count
 from millrace.data.corpus import Corpus
 from millrace.data.loader import Loader, build_loader, heldout_batches, heldout_manifests
 from millrace.data.state import LoaderState
+from millrace.engine.checkpoint.download import restore
 from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.distributed import World, join_world, leave_world, world_size
 from millrace.engine.engine import Engine
@@ -37,6 +38,7 @@ from millrace.pretrain.loop import Parts, fit
 from millrace.pretrain.objectives import REGISTRY as OBJECTIVES
 from millrace.pretrain.resume import resume, tell_resumed
 from millrace.pretrain.tracking import Tracker
+from millrace.pretrain.uploads import begin_uploads, end_uploads
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -72,7 +74,7 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
     check_packable(hf_config(config.model, tokenizer.vocab_size, config.data.sequence_length).model_type)
     identity = _identity(config, rundir, corpus)
     with owned(rundir, identity, world) as owner, Watch(config.watchdog, rundir.path, world, owner.number) as watch:
-        run_id = world.on_main(lambda: _claim(rundir, identity))
+        run_id = world.on_main(lambda: _claim(config, rundir, identity))
         engine, model = build_engine(config, world, settings, tokenizer.vocab_size)
         resumed = resume(rundir.checkpoints, engine)
         files = run_files(config, model.config, tokenizer)
@@ -98,6 +100,7 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
                 guard=Guard(config.guard, resumed.guard),
                 point=resumed.point,
                 identity={"run_id": run_id},
+                uploader=begin_uploads(config.checkpoint.upload, rundir, world, resumed.point.step),
             )
             loader.exclude(world.on_main(lambda: _quarantined(rundir)))
             tell_resumed(parts, resumed)
@@ -107,6 +110,7 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
                 write_atomic(rundir.config, to_toml(config))
                 _announce(parts, model, precision)
             outcome = fit(parts)
+            end_uploads(parts, outcome)
     if world.main:
         _report(rundir)
     return outcome
@@ -152,7 +156,8 @@ def _identity(config: PretrainConfig, rundir: RunDir, corpus: Corpus) -> dict[st
     return fingerprint(config, manifests)
 
 
-def _claim(rundir: RunDir, identity: dict[str, Any]) -> str:
+def _claim(config: PretrainConfig, rundir: RunDir, identity: dict[str, Any]) -> str:
+    restore(config.checkpoint.upload, rundir, identity)
     run_id = rundir.claim(identity)
     rundir.outcome.unlink(missing_ok=True)
     return run_id

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,17 +40,18 @@ def _least(config: CheckpointConfig) -> int:
     return config.keep or 2
 
 
-def prune(folder: Path, config: CheckpointConfig) -> None:
-    """Remove the checkpoints in `folder` that need not stay."""
+def prune(folder: Path, config: CheckpointConfig, busy: Collection[int] = ()) -> None:
+    """Remove the checkpoints in `folder` that need not stay; those of `busy` steps are being read."""
     paths = {int(path.name[5:]): path for path in list_checkpoints(folder)}
-    kept = stays([_read(step, path) for step, path in paths.items()], config)
+    kept = stays([read_saved(path) for path in paths.values()], config).union(busy)
     for step, path in paths.items():
         if step not in kept:
             remove(path)
 
 
-def _read(step: int, path: Path) -> Saved:
-    """What is known of a checkpoint; one that cannot be read is an ordinary one."""
+def read_saved(path: Path) -> Saved:
+    """What is known of the checkpoint `step-N`; one that cannot be read is an ordinary one."""
+    step = int(path.name[5:])
     try:
         trainer = json.loads((path / "trainer.json").read_text())
     except (OSError, ValueError):

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ import torch
 
 from millrace.core.process import run_process
 from millrace.data.loader import Loader
-from millrace.engine.checkpoint import saver, write
+from millrace.data.stores import remote
+from millrace.data.stores.waiting import Patience
+from millrace.engine.checkpoint import download, saver, write
+from millrace.engine.checkpoint.upload import Uploader
 from millrace.engine.distributed import World
-from millrace.pretrain import loop
+from millrace.pretrain import loop, uploads
 from millrace.pretrain import run as pretrain_run
 from millrace.pretrain.config import PretrainConfig
 from millrace.pretrain.main import main_rank
@@ -141,6 +145,14 @@ def flip(fault: dict[str, Any]) -> None:
     loop.Engine.forward = faulty  # type: ignore[method-assign]
 
 
+def impatient(fault: dict[str, Any]) -> None:
+    """Stores, of checkpoints and of data, are given up after so many seconds."""
+    patience = Patience(stall=fault["seconds"] / 2, deadline=fault["seconds"], unknown=fault["seconds"])
+    uploads.Uploader = partial(Uploader, patience=patience)  # type: ignore[misc,assignment]
+    download._ASK_SECONDS = fault["seconds"]
+    remote.ObjectBlob.__init__.__defaults__ = (patience,)  # type: ignore[misc]
+
+
 KINDS = {
     "loss": loss,
     "signal": send,
@@ -150,6 +162,7 @@ KINDS = {
     "slow": slow,
     "disk": slow_disk,
     "flip": flip,
+    "impatient": impatient,
 }
 
 
