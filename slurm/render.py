@@ -123,7 +123,8 @@ def _header(config: SlurmConfig, run: RunDir, usable: list[int]) -> list[str]:
         f"--chdir={os.getcwd()}",
         f"--output={log}",
         f"--nodes={usable[-1]}" + (f"-{usable[0]}" if len(usable) > 1 else ""),
-        "--ntasks-per-node=1",
+        # With it, Slurm gives a range of nodes its least (22.05); srun asks for it anyway.
+        *(["--ntasks-per-node=1"] if len(usable) == 1 else []),
         f"--cpus-per-task={config.cpus}",
         # To the steps, not to this script, which then sees how the run ended.
         f"--signal=USR1@{config.grace}",

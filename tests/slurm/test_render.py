@@ -185,6 +185,9 @@ def test_as_many_nodes_as_divide_the_batch(tmp_path: Path) -> None:
     elastic = SlurmConfig(nodes=2, max_nodes=6, processes_per_node=2)
     text = render(elastic, ["x.py"], tmp_path, shares=24)
     assert "#SBATCH --nodes=2-6\n" in text and "for count in 6 4 3 2; do" in text
+    assert "#SBATCH --ntasks-per-node" not in text, (
+        "or Slurm gives the least of them, see tests/faults/test_node_loss.py"
+    )
     chosen = text[text.index("# As many nodes") : text.index("if ((nodes)); then")] + "echo $nodes"
     for got, used in ((6, 6), (5, 4), (4, 4), (3, 3), (2, 2), (1, 0), (0, 0)):
         hosts = f"hosts=({' '.join(f'n{number}' for number in range(got))})\n"
