@@ -13,8 +13,9 @@ each process the first save is told apart, since it allocates what later ones us
 
 The arms of DeepSpeed are its default and, with `--stage 0`, the one that it calls decoupled, with the writer `python`;
 at ZeRO 1 and 2 (0.19.8) that cannot send the optimiser's tensors to its process ("Cowardly refusing to serialize
-non-leaf tensor"). Its `fast` writer needs libaio, its DataStates engine a package that it does not come with. Those of torch are `async_save` as it is by default, with a
-stager that is kept, and with that in shared memory and a process that writes.
+non-leaf tensor"). Its `fast` writer needs libaio, its DataStates engine a package that it does not come with. Those of
+torch are `async_save` as it is by default, with a stager that is kept, and with that in shared memory and a process
+that writes.
 
 The last columns are facts: whether files and folders are flushed to the disk; what makes a checkpoint complete by
 construction (one rename of the folder; DCP's folder is seen before, but its `.metadata` comes last; DeepSpeed's rank 0
@@ -148,7 +149,7 @@ def _cell(values: Sequence[float]) -> str:
     if not values:
         return ""
     low, middle, high = quartiles(values)
-    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+    return f"{middle:.3f} ({low:.3f}–{high:.3f})"
 
 
 if __name__ == "__main__":
