@@ -149,7 +149,7 @@ def _cell(values: Sequence[float]) -> str:
     if not values:
         return ""
     low, middle, high = quartiles(values)
-    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+    return f"{middle:.3f} ({low:.3f}–{high:.3f})"
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import shutil
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -88,6 +89,8 @@ def _measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, 
         corpus.write(text)
     settings = arms.Settings(folder, text, options.every, options.grace)
     arm = arms.ARMS[name](settings, name)
+    if arm.folder.exists():
+        sys.exit(f"{arm.folder} holds an earlier soak, which would be continued; name another --folder")
     faults = draw(options.seed, tuple(options.gap), arms.RANKS)
     history = Soak(arm, faults, 60 * options.minutes, options.deadline).run()
     ours = name == "millrace"

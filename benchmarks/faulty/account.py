@@ -80,7 +80,7 @@ def figures(records: Sequence[Record], history: History, reference: Sequence[Seq
         "steps_poisoned": poisoned(steps),
         "interventions": len(history.interventions),
         "restarts_from_zero": sum(s.resumed == 0 and s.newest is not None for s in restarts),
-        "damaged_loaded": sum(s.damaged and s.resumed == s.newest for s in restarts),
+        "damaged_loaded": sum(s.damaged and s.resumed == s.newest and s.first is not None for s in restarts),
         "hangs_ended_by_deadline": sum(s.hung for s in history.starts),
         "orphans": sum(s.orphans for s in history.starts),
         "ended_by_itself": history.over,

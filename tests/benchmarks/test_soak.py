@@ -82,7 +82,7 @@ class TestAccount:
     def test_figures_of_a_run_that_was_killed_and_continued(self) -> None:
         records = [begin(0, 0), *(step(n, n) for n in (1, 2, 3, 4)), begin(5, 2), step(3, 6), step(4, 7, loss=math.nan)]
         records += [{"event": "skip", "step": 4, "time": 7}, step(5, 8), step(6, 99)]
-        starts = [Start(0, 0.0, None, False), Start(1, 5.0, 2, True, resumed=2)]
+        starts = [Start(0, 0.0, None, False), Start(1, 5.0, 2, True, resumed=2, first=6.0)]
         faults = [{"kind": "torn", "time": 4.0, "recovered": 6.0}, {"kind": "nan", "time": 7.0}]
         history = History(starts=starts, faults=faults, seconds=10.0, until=10.0)
         found = account.figures(records, history, [[n] for n in range(1, 9)])
