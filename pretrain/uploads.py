@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from millrace.pretrain.loop import Parts
 
 _DONE_SECONDS, _STOP_SECONDS = 600.0, 30.0  # for what is under way when a run is done; else
+_MARGIN_SECONDS = 15.0  # before the end of a job, which must come to its end by itself to be queued again
 
 
 def begin_uploads(url: str, rundir: RunDir, world: World, step: int) -> Uploader | None:
@@ -54,7 +55,8 @@ def end_uploads(parts: Parts, outcome: int) -> None:
     with StopRequest() as stop:
         while uploader.steps:
             patient = outcome == DONE and not stop and not uploader.failing
-            if time.monotonic() - began > (_DONE_SECONDS if patient else _STOP_SECONDS):
+            waited = time.monotonic() - began
+            if waited > (_DONE_SECONDS if patient else _STOP_SECONDS) or stop.left() < _MARGIN_SECONDS:
                 break
             time.sleep(0.05)
     tell_uploads(parts)

@@ -25,6 +25,7 @@ INCIDENTS = {
     "straggler": "slow rank",
     "hang": "hang",
     "quarantine": "sample left out",
+    "upload": "checkpoint not in the object store",
 }
 _OUTCOMES = {
     DONE: ("finished", "good"),
@@ -72,7 +73,7 @@ class History:
             recomputed=used.recomputed,
             end=ends[-1] if ends else None,
             wall_seconds=_running_seconds(records, starts),
-            incidents=[record for record in records if record["event"] in INCIDENTS],
+            incidents=[record for record in records if _is_incident(record)],
             goodput=goodput(records),
         )
 
@@ -130,6 +131,11 @@ class History:
             ("Steps without a finite loss", str(broken) if broken else None),
         ]
         return [(name, value) for name, value in found if value is not None]
+
+
+def _is_incident(record: Record) -> bool:
+    """An upload is one only where it failed, and says why."""
+    return record["event"] in INCIDENTS and (record["event"] != "upload" or "why" in record)
 
 
 def values(records: Iterable[Record], key: str) -> list[float]:
