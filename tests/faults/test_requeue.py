@@ -63,6 +63,22 @@ def test_one_submission_runs_to_the_end_across_interruptions(cluster: Path, conf
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_a_job_that_is_preempted_repeats_nothing(cluster: Path, config_file: Path) -> None:  # noqa: F811
+    run = cluster
+    job = submit(config_file, run, "data.sequence_length=512")
+    wait_for_step(run, 7, job)
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--cpus-per-task=2", "--output=/dev/null"]
+    other = subprocess.run([*urgent, "--wrap=sleep 3"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    assert wait(other, 120) == ("COMPLETED", 0)
+    assert wait(job, 420) == ("COMPLETED", 0), job_log(run, job)
+    assert [record["step"] for record in events(run, "step")] == list(range(1, 41)), job_log(run, job)
+    (first, last), (begun, again) = events(run, "end"), events(run, "start")
+    assert (first["outcome"], last["outcome"]) == (75, 0) and "asked to stop by SIGTERM" in first["why"]
+    assert begun["resumed_from"] is None and again["resumed_from"] == first["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_rank_killed_in_a_job_is_started_again(cluster: Path, config_file: Path) -> None:  # noqa: F811
     import psutil
 
