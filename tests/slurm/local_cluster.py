@@ -242,7 +242,7 @@ def _daemon(command: list[str], name: str, directory: Path, environment: dict[st
 
 
 def _node_states(environment: dict[str, str]) -> list[str]:
-    return _run(["sinfo", "--noheader", "--Node", "--format=%T"], environment).split()
+    return _run(["sinfo", "--noheader", "--Node", "--partition=main", "--format=%T"], environment).split()
 
 
 def _run(command: list[str], environment: dict[str, str]) -> str:
