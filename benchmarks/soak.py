@@ -40,7 +40,8 @@ from millrace.core.console import say
 from millrace.core.ledger import read
 
 _ROWS = {
-    "goodput": "goodput", "faults": "faults met", "restarts": "restarts", "steps": "steps that count",
+    "goodput": "goodput", "faults": "faults met", "seconds_lost_per_fault": "seconds lost, a fault",
+    "restarts": "restarts", "steps": "steps that count",
     "steps_per_minute": "steps that count, a minute", "step_seconds": "median step, s",
     "recomputed_steps": "steps computed again", "samples_lost": "samples lost", "samples_repeated": "samples repeated",
     "samples_computed_again": "samples computed again", "steps_not_taken": "steps not taken (guard)",

@@ -64,9 +64,11 @@ def figures(records: Sequence[Record], history: History, reference: Sequence[Seq
     lost, repeated = streams(steps, reference)
     done = history.faults
     restarts = history.starts[1:]
+    good = sum(step["seconds"] for step in finite)
     return {
         "wall_seconds": history.seconds,
-        "goodput": sum(step["seconds"] for step in finite) / history.seconds,
+        "goodput": good / history.seconds,
+        "seconds_lost_per_fault": (history.seconds - good) / max(len(done), 1),
         "faults": len(done),
         "restarts": len(restarts),
         "steps": len(steps),

@@ -87,7 +87,8 @@ class TestAccount:
         history = History(starts=starts, faults=faults, seconds=10.0, until=10.0)
         found = account.figures(records, history, [[n] for n in range(1, 9)])
         assert found["steps"] == 5 and found["recomputed_steps"] == 2 and found["steps_not_taken"] == 1
-        assert found["goodput"] == pytest.approx(0.2) and found["recovery_seconds"] == {"torn": 2.0}
+        assert found["goodput"] == pytest.approx(0.2) and found["seconds_lost_per_fault"] == pytest.approx(4.0)
+        assert found["recovery_seconds"] == {"torn": 2.0}
         assert (found["samples_lost"], found["samples_repeated"], found["samples_computed_again"]) == (0, 0, 2)
         assert found["damaged_loaded"] == 1 and found["restarts_from_zero"] == 0 and found["steps_poisoned"] == 0
 
