@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from typing import Any
 
+import pytest
 import torch
 
 from millrace.engine.pace import EVERY, ON_END, Pace, stragglers
@@ -37,6 +38,7 @@ def test_a_moment_is_not_told_and_what_lasts_is_told_now_and_then() -> None:
     assert told == [EVERY * 6 - 1, EVERY * 9 - 1]
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_named_and_nobody_is_killed(runs: Any) -> None:
     last = EVERY * ON_END
     steps = list(range(1, last + 2))
