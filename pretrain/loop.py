@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from millrace.core.console import warn
-from millrace.core.errors import CONTINUE, DONE, STOP, UserError
+from millrace.core.errors import CONTINUE, DONE, STOP
 from millrace.core.rundir import RunDir
 from millrace.core.units import Duration
 from millrace.data.loader import Loader, spans_sha
@@ -20,7 +20,7 @@ from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.checkpoint.upload import Uploader
 from millrace.engine.engine import Engine
 from millrace.engine.guard import RETURNS, Guard
-from millrace.engine.owner import Ownership
+from millrace.engine.owner import Ownership, taken_over
 from millrace.engine.pace import Pace, Straggler
 from millrace.engine.replicas import compare_replicas
 from millrace.engine.signals import StopRequest
@@ -133,10 +133,7 @@ def _agree(parts: Parts, batch: Any, asked: bool) -> list[float]:
     mine = (batch.local_tokens, batch.local_bytes, len(batch.quarantined), asked, parts.saver.writing)
     *agreed, lost = parts.engine.world.sum(*mine, parts.owner.lost())
     if lost:
-        raise UserError(
-            f"{parts.rundir.path} was taken over by another process while this one stood still; nothing more is "
-            "written here"
-        )
+        raise taken_over(parts.rundir.path)
     return agreed
 
 

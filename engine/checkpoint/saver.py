@@ -27,7 +27,7 @@ from millrace.engine.checkpoint.write import (
     write_rank,
 )
 from millrace.engine.distributed import World
-from millrace.engine.owner import Ownership
+from millrace.engine.owner import Ownership, taken_over
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class Saver:
         Raises:
             OSError: a rank could not write, a full disk for one; on every rank, with `step-N` not visible and the
                 temporary folder removed.
+            UserError: the run directory was taken over meanwhile, and with it what was half written.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -137,7 +138,10 @@ class Saver:
 
     def _raise_everywhere(self, error: str | None) -> None:
         """If any rank failed, fail on all: one rank alone would leave the others waiting in a collective."""
-        failed = [(rank, e) for rank, e in enumerate(self._world.gather_objects(error)) if e]
+        every = self._world.gather_objects((error, self._owner is not None and self._owner.lost()))
+        failed = [(rank, e) for rank, (e, _) in enumerate(every) if e]
+        if failed and any(lost for _, lost in every):  # the new owner removed what was half written
+            raise taken_over(self._folder.parent)
         if failed:
             rank, text = failed[0]
             raise OSError(

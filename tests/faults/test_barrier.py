@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from millrace.core.errors import UserError
 from millrace.engine.checkpoint import saver as saving
 from millrace.engine.checkpoint.read import list_checkpoints, verdict
 from millrace.engine.checkpoint.saver import Saver
@@ -79,6 +80,30 @@ def save_together(folder: Path, background: bool) -> None:
 @pytest.mark.parametrize("background", [False, True])
 def test_the_slowest_is_waited_for(tmp_path: Path, background: bool) -> None:
     save_together(tmp_path, background)
+
+
+@pytest.mark.usefixtures("slow_rank")
+def test_an_owner_that_was_replaced_says_so_instead_of_blaming_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new owner removed what this one had half written when it was stopped."""
+
+    class Replaced:
+        number = 1
+
+        def lost(self) -> bool:
+            return True
+
+    def write(temporary: Path, what: Any) -> None:
+        raise FileNotFoundError(temporary / "rank-00000.json")
+
+    monkeypatch.setattr(saving, "write_rank", write)
+    world: Any = Rank(0, Meeting())
+    monkeypatch.setattr(world, "gather_objects", lambda item: [item])
+    saver = Saver(tmp_path / "run" / "checkpoints", 0, world, Replaced(), background=True)  # type: ignore[arg-type]
+    saver.begin(1, {})
+    with pytest.raises(UserError, match="run was taken over by another process while this one stood still"):
+        saver.finish()
 
 
 @pytest.mark.usefixtures("slow_rank")

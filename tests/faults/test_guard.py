@@ -60,6 +60,7 @@ def test_a_loss_a_hundred_times_too_large_is_not_taken(runs: Any) -> None:
     assert skip["step"] == 6 and "is more than 6 deviations" in skip["why"]
 
 
+@pytest.mark.slow
 def test_a_run_of_them_goes_back_to_a_checkpoint_and_steps_over_the_samples(runs: Any, scenarios: Any) -> None:
     faults = [{"kind": "loss", "ranks": [0], "steps": [8, 9, 10], "factor": "inf"}]
     run = runs("run", faults, "train.duration=14 steps", "engine.zero_stage=1", *GUARD, "guard.sigma=0")

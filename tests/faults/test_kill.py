@@ -53,14 +53,14 @@ def recomputed(run: Run) -> int:
 
 
 KILLS = [
-    pytest.param(at, rank, stage, marks=() if (at, rank, stage) == ("save", 0, 2) else
-                 pytest.mark.slow, id=f"{at}-rank{rank}-zero{stage}")
+    pytest.param(at, rank, stage, id=f"{at}-rank{rank}-zero{stage}")
     for at in ("forward", "all-reduce", "optimiser", "save", "commit")
     for rank in ((0,) if at == "commit" else (0, 1))
     for stage in STAGES
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at, rank, stage", KILLS)
 def test_a_rank_killed_anywhere_is_continued_to_the_same_end(
     runs: Any, twins: Any, at: str, rank: int, stage: int

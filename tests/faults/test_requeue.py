@@ -41,6 +41,7 @@ def wait_for_step(run: Path, step: int, job: str, starts: int = 1) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_one_submission_runs_to_the_end_across_interruptions(cluster: Path, config_file: Path) -> None:  # noqa: F811
     run, folder = cluster, cluster.parent
