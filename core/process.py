@@ -12,6 +12,16 @@ from typing import NoReturn
 BEGAN = time.time()  # of this process, but for what was imported before
 
 
+def start_times() -> dict[str, float | None]:
+    """When this process began and, where a batch script noted them, its job and the end of the job before; s."""
+    job, before = (os.environ.get(f"MILLRACE_JOB_{name}") for name in ("BEGAN", "ENDED"))
+    return {
+        "began": BEGAN,
+        "job_began": float(job) if job else None,
+        "job_ended_before": float(before) if before else None,
+    }
+
+
 def run_process(main: Callable[[], int]) -> NoReturn:
     """Call `main` and end the process with its code, 1 on an exception; exit handlers run, but Python is not torn down.
 

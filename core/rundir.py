@@ -88,9 +88,9 @@ class RunDir:
         """The fingerprint of the run that is here; empty when there is none."""
         return dict(json.loads(self.identity.read_text())["fingerprint"]) if self.identity.exists() else {}
 
-    def create(self, fingerprint: dict[str, Any], parent: dict[str, Any] | None = None) -> str:
-        """Name the run that this directory holds from now on; returns its id."""
-        run_id = uuid.uuid4().hex[:12]
+    def create(self, fingerprint: dict[str, Any], parent: dict[str, Any] | None = None, run_id: str = "") -> str:
+        """Name the run that this directory holds from now on, a new one without `run_id`; returns its id."""
+        run_id = run_id or uuid.uuid4().hex[:12]
         lineage = {"parent": parent} if parent else {}
         named = {"format": 1, "id": run_id, "fingerprint": fingerprint, **lineage}
         write_atomic(self.identity, json.dumps(named, indent=1))

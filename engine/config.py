@@ -8,6 +8,7 @@ from typing import Literal
 from millrace.core.config import option
 from millrace.core.errors import UserError
 from millrace.core.units import Duration
+from millrace.data.stores.folder import check_url
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,12 +45,15 @@ class CheckpointConfig:
     keep: int = option(2, "newest checkpoints to keep; 0 keeps all")
     keep_every: int = option(0, "steps whose multiples are kept for ever, where there is a checkpoint; 0: none")
     keep_best: int = option(0, "checkpoints with the lowest held-out loss to keep, of those where it was measured")
+    upload: str = option("", "also into an object store: s3://BUCKET/PREFIX, gs://, az:// or file:///PATH; empty: no")
 
     def __post_init__(self) -> None:
         for key in ("every", "between"):
             value = getattr(self, key)
             if value is not None and (value.unit not in ("steps", "s") or value.value < 1):
                 raise UserError(f"checkpoint.{key} = '{value}': give steps or a time, such as '500 steps' or '10 min'")
+        if self.upload and (why := check_url(self.upload)):
+            raise UserError(f"checkpoint.upload = '{self.upload}': {why}")
         for key in ("keep", "keep_every", "keep_best"):
             if getattr(self, key) < 0:
                 raise UserError(f"checkpoint.{key} = {getattr(self, key)}: give 0 or more")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from millrace.core.errors import UserError
 from millrace.engine.ops import use_operators
+from millrace.engine.rendezvous import meet
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -101,12 +102,15 @@ def join_world(deepspeed_config: dict[str, Any]) -> World:
         os.environ.pop("ACCELERATE_USE_CPU", None)
     # Named, because otherwise each rank on a CPU believes that it is alone.
     backend = "gloo" if use_cpu else "nccl"
+    joining = InitProcessGroupKwargs(backend=backend)
+    assert joining.timeout is not None
+    meet(backend, joining.timeout)
     plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints a line about each operator
         accelerator = Accelerator(
             deepspeed_plugin=plugin,
             gradient_accumulation_steps=deepspeed_config["gradient_accumulation_steps"],
-            kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
+            kwargs_handlers=[joining],
         )
     # The plugin tells transformers to partition every model that it constructs from now on; millrace does that itself.
     from transformers.integrations import deepspeed as integration
@@ -187,6 +191,10 @@ def _environment() -> None:
     # "2", "2(x3)" or "2(x3),1": tasks on each node; a task cannot tell which entry is its own, nodes are alike.
     per_node = env.get("SLURM_TASKS_PER_NODE", "").split("(")[0].split(",")[0]
     env.setdefault("LOCAL_WORLD_SIZE", per_node if _in_srun() and per_node else env["WORLD_SIZE"])
+    alone = env["LOCAL_WORLD_SIZE"] == env["WORLD_SIZE"] and env["MASTER_ADDR"] in ("127.0.0.1", "localhost")
+    if alone and any(name == "lo" for _, name in socket.if_nameindex()):
+        # gloo would look up this machine's own name, for every group, and listen on whatever address that has
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _first_host(nodelist: str) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from millrace.core.errors import UserError
 from millrace.core.lease import Lease, acquire
 from millrace.core.rundir import RunDir
 from millrace.engine.distributed import World
@@ -27,6 +29,13 @@ class Ownership:
         """Call this on rank 0 before something is made visible; raises `LeaseLost`."""
         if self.lease is not None:
             self.lease.check()
+
+
+def taken_over(run: Path) -> UserError:
+    """What an owner that was replaced says, on every rank."""
+    return UserError(
+        f"{run} was taken over by another process while this one stood still; nothing more is written here"
+    )
 
 
 @contextmanager

@@ -16,7 +16,8 @@ import torch
 
 from millrace.engine.distributed import World
 
-EVERY = 20  # steps between comparisons
+EVERY = 10  # steps between comparisons
+ON_END = 3  # comparisons in which a rank is slow before it is named: other work on its node slows it for a moment
 _SLOWER, _AT_LEAST = 1.25, 0.02  # times the typical rank's seconds, and seconds more than those
 
 
@@ -37,6 +38,7 @@ class Pace:
         self._world, self._hosts = world, hosts
         self._steps: list[float] = []
         self._now: list[Any] = []
+        self._slow: dict[int, int] = {}  # rank → comparisons on end
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -46,14 +48,18 @@ class Pace:
         self._now.append((began, _mark(self._world.device)))
 
     def step(self) -> list[Straggler]:
-        """After each step, when the device has been waited for, on every rank: stragglers, every `EVERY` steps."""
+        """After each step, when the device has been waited for, on every rank: who was slow `ON_END` times on end."""
         self._steps.append(sum(_seconds(began, ended) for began, ended in self._now))
         self._now.clear()
         if len(self._steps) < EVERY:
             return []
         typical = statistics.median(self._steps)
         self._steps.clear()
-        return stragglers(self._world.gather_objects(typical), self._hosts)
+        return self._lasting(stragglers(self._world.gather_objects(typical), self._hosts))
+
+    def _lasting(self, found: list[Straggler]) -> list[Straggler]:
+        self._slow = {slow.rank: self._slow.get(slow.rank, 0) % ON_END + 1 for slow in found}
+        return [slow for slow in found if self._slow[slow.rank] == ON_END]
 
 
 def stragglers(found: Sequence[float], hosts: Sequence[str]) -> list[Straggler]:

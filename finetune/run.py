@@ -16,13 +16,13 @@ from torch import nn
 from millrace.core.config import to_dict, to_toml
 from millrace.core.console import say
 from millrace.core.errors import DONE, UserError
-from millrace.core.process import BEGAN
+from millrace.core.process import start_times
 from millrace.core.registry import lookup
 from millrace.core.rundir import RunDir, write_atomic
 from millrace.core.units import Duration, fmt_count
 from millrace.data.loader import check_batch
 from millrace.data.stream import Deal
-from millrace.engine.checkpoint.read import Checkpoint, open_newest, remove_leftovers
+from millrace.engine.checkpoint.download import restore
 from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.distributed import World, join_world, leave_world, world_size
 from millrace.engine.engine import Engine
@@ -51,6 +51,7 @@ from millrace.pretrain.loop import Parts, fit
 from millrace.pretrain.resume import resume, tell_resumed
 from millrace.pretrain.run import versions
 from millrace.pretrain.tracking import Tracker
+from millrace.pretrain.uploads import begin_uploads, end_uploads
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,7 @@ def finetune(config: FinetuneConfig) -> int:
 def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precision: str) -> int:
     with prepare(config, world) as prepared:
         engine, model, peft = build_engine(config, prepared, world, settings)
-        found, rejected = open_newest(prepared.rundir.checkpoints, world)
-        resumed = resume(found, engine)
+        resumed = resume(prepared.rundir.checkpoints, engine)
         layout = _layout(config, prepared.task, model)
         deal = Deal(config.train.batch, config.train.micro_batch, world.rank, world.size)
         loader = ExampleLoader(prepared.train, layout, deal, pad=_pad(prepared.tokenizer), state=resumed.loader)
@@ -131,17 +131,18 @@ def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precisi
                 guard=Guard(config.guard, resumed.guard),
                 point=resumed.point,
                 identity={"run_id": prepared.run_id, "source": prepared.base},
+                uploader=begin_uploads(config.checkpoint.upload, prepared.rundir, world, resumed.point.step),
             )
-            if found is not None:
-                tell_resumed(parts, found, rejected)
-            tracker.log("start", **_start_record(parts, prepared, precision, found))
+            tell_resumed(parts, resumed)
+            tracker.log("start", **_start_record(parts, prepared, precision, resumed.step))
             if world.main:
                 write_atomic(prepared.rundir.config, to_toml(config))
                 _announce(parts, prepared, precision)
-            if found is None:
+            if resumed.found is None:
                 for prompt, text in parts.sample() if parts.sample else ():
                     tracker.log("sample", step=0, prompt=prompt, text=text)
             outcome = fit(parts)
+            end_uploads(parts, outcome)
         if outcome == DONE:
             written = world.on_main(lambda: _results(prepared, peft))
             if world.main:
@@ -175,15 +176,15 @@ def prepare(config: FinetuneConfig, world: World) -> Iterator[Prepared]:
     rundir = RunDir(Path(config.run.dir) / config.run.name)
     identity = fingerprint(config, hash_examples(train))
     with owned(rundir, identity, world) as owner, Watch(config.watchdog, rundir.path, world, owner.number) as watch:
-        run_id, base = world.on_main(lambda: _claim(rundir, identity, source))
+        run_id, base = world.on_main(lambda: _claim(config, rundir, identity, source))
         yield Prepared(task, tokenizer, train, heldout, rundir, run_id, base, owner, watch)
 
 
-def _claim(rundir: RunDir, identity: dict[str, Any], source: Source) -> tuple[str, str]:
+def _claim(config: FinetuneConfig, rundir: RunDir, identity: dict[str, Any], source: Source) -> tuple[str, str]:
+    restore(config.checkpoint.upload, rundir, identity)
     run_id, base = rundir.claim(identity), rundir.path / "base"
     if not rundir.started:
         shutil.rmtree(base, ignore_errors=True)  # left by a start that failed, perhaps from another source
-    remove_leftovers(rundir.checkpoints)
     rundir.outcome.unlink(missing_ok=True)
     return run_id, pin(source, base)
 
@@ -276,14 +277,14 @@ def _count(model: nn.Module, *, trained: bool) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trained)
 
 
-def _start_record(parts: Parts, prepared: Prepared, precision: str, found: Checkpoint | None) -> dict[str, Any]:
+def _start_record(parts: Parts, prepared: Prepared, precision: str, resumed: int | None) -> dict[str, Any]:
     return {
-        "began": BEGAN,
+        **start_times(),
         "run_id": prepared.run_id,
         "world": parts.engine.world.size,
         "zero_stage": parts.engine.ds.zero_optimization_stage(),
         "precision": precision,
-        "resumed_from": None if found is None else parts.point.step,
+        "resumed_from": resumed,
         "manifests": list(parts.loader.state.stages[-1].manifests),
         "source": prepared.base,
         "examples": {"train": len(prepared.train), "heldout": len(prepared.heldout)},

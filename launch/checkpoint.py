@@ -1,4 +1,4 @@
-"""`millrace checkpoint SUBCOMMAND …`: look at a run's checkpoints, verify and remove them."""
+"""`millrace checkpoint SUBCOMMAND …`: look at a run's checkpoints, verify, fetch and remove them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # name -> (what it does, an example, where it is)
 SUBCOMMANDS = {
-    "ls": ("list the checkpoints of a run", "millrace checkpoint ls runs/tiny", "checkpoint:ls"),
+    "ls": ("list the checkpoints of a run, or in a store", "millrace checkpoint ls runs/tiny", "checkpoint:ls"),
     "verify": ("hash every file again", "millrace checkpoint verify runs/tiny", "checkpoint:verify"),
     "inspect": (
         "what a checkpoint holds",
@@ -28,6 +28,11 @@ SUBCOMMANDS = {
         "remove all but the newest that verify",
         "millrace checkpoint prune runs/tiny --keep 2",
         "checkpoint:prune",
+    ),
+    "download": (
+        "copy one out of an object store, verified",
+        "millrace checkpoint download s3://bucket/tiny runs/tiny/checkpoints",
+        "checkpoint_remote:download",
     ),
     "import": (
         "pickled weights of others into safetensors (--trust-pickle)",
@@ -70,8 +75,12 @@ def _size(checkpoint: Checkpoint) -> int:
 def ls(argv: Sequence[str]) -> int:
     """Step, time, size, ranks, stage and tokens of every checkpoint; nothing is verified."""
     parser = _parser("ls", "List the checkpoints of a run, newest first; nothing is verified.")
-    parser.add_argument("run", help="run directory")
+    parser.add_argument("run", help="run directory, or the value of checkpoint.upload, such as s3://BUCKET/PREFIX")
     run = parser.parse_args(list(argv)).run
+    if "://" in run:
+        from millrace.launch.checkpoint_remote import ls_remote
+
+        return ls_remote(run)
     from millrace.engine.checkpoint.read import Checkpoint
 
     rows: list[tuple[str, ...]] = []

@@ -23,7 +23,7 @@ from millrace.core.errors import UserError, did_you_mean
 from millrace.models import attention
 from millrace.models.architecture import architecture, depth_sizes
 from millrace.models.config import ModelConfig
-from millrace.models.initial import draw_weights
+from millrace.models.initial import clear_padding, draw_weights
 from millrace.models.weights import hub_file, load_weights
 
 VOCABULARY_MULTIPLE = 64
@@ -82,6 +82,7 @@ def build_model(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(built, attn_implementation=built._attn_implementation)
     model.tie_weights()
+    clear_padding(model)
     if config.init == "random":
         draw_weights(model, seed)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,6 +52,16 @@ def draw_weights(model: PreTrainedModel, seed: int) -> None:
                 f"model.kind = '{model.config.model_type}' leaves '{name}' uninitialised in the installed "
                 "transformers; start from a folder (model.init) or choose another kind"
             )
+
+
+@torch.no_grad()
+def clear_padding(model: nn.Module) -> None:
+    """Set to 0 what pads the last ranks' partitions (ZeRO stage 3): NaN there would pass for a forgotten weight."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            ours: Any = parameter
+            rank, part = torch.distributed.get_rank(ours.ds_process_group), ours.ds_tensor
+            part[max(0, ours.ds_numel - rank * part.numel()) :].zero_()
 
 
 def _modules(module: nn.Module, owner: PreTrainedModel, name: str) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from millrace.core.console import say, warn
-from millrace.core.errors import CONTINUE, DONE, STOP, UserError
+from millrace.core.console import warn
+from millrace.core.errors import CONTINUE, DONE, STOP
 from millrace.core.rundir import RunDir
 from millrace.core.units import Duration
 from millrace.data.loader import Loader, spans_sha
 from millrace.engine.checkpoint.read import load_checkpoint, open_before
-from millrace.engine.checkpoint.retention import prune
 from millrace.engine.checkpoint.saver import Saver
+from millrace.engine.checkpoint.upload import Uploader
 from millrace.engine.engine import Engine
 from millrace.engine.guard import RETURNS, Guard
-from millrace.engine.owner import Ownership
+from millrace.engine.owner import Ownership, taken_over
 from millrace.engine.pace import Pace, Straggler
 from millrace.engine.replicas import compare_replicas
 from millrace.engine.signals import StopRequest
@@ -28,6 +28,7 @@ from millrace.engine.watchdog.watch import Watch
 from millrace.eval.heldout import evaluate
 from millrace.pretrain.config import PretrainConfig
 from millrace.pretrain.progress import Progress
+from millrace.pretrain.saving import end, finish_save, save, too_late
 from millrace.pretrain.schedule import Point
 from millrace.pretrain.tracking import Tracker
 
@@ -52,6 +53,7 @@ class Parts:
     sample: Callable[[], list[tuple[str, str]]] | None = None
     point: Point = field(default_factory=Point)
     identity: dict[str, Any] = field(default_factory=dict)  # run id and lineage, into every checkpoint
+    uploader: Uploader | None = None  # on rank 0
 
 
 def fit(parts: Parts) -> int:
@@ -110,29 +112,20 @@ def fit(parts: Parts) -> int:
                 _quarantine(parts, point, batch.quarantined)
             if fault:
                 _tell_skipped(parts, point, fault)
-            _finish_save(parts, point, writing=bool(writing))  # here, outside of what is timed as a step
+            finish_save(parts, point, writing=bool(writing))  # here, outside of what is timed as a step
             if parts.guard.lost and (stuck := _go_back(parts, point)):
-                return _end(parts, point, STOP, stuck)
+                return end(parts, point, STOP, stuck)
             regular = _due(config.checkpoint.every, before, point)
             saves = regular or _due(config.checkpoint.between, before, point)
             if odd := _odd_replicas(parts, before, point, saves):
-                return _end(parts, point, CONTINUE, odd)
+                return end(parts, point, CONTINUE, odd)
             heldout = None
             if _due(config.eval.every, before, point) and point.fraction(duration) < 1:
                 heldout = _evaluate(parts, point, progress)
             if saves:
-                _save(parts, point, heldout=heldout, ephemeral=not regular)
+                save(parts, point, heldout=heldout, ephemeral=not regular)
                 last_saved = point.step
-        if point.step > last_saved:
-            if odd := _odd_replicas(parts, point, point, True):
-                return _end(parts, point, CONTINUE, odd)
-            _save(parts, point, ephemeral=point.fraction(duration) < 1)
-        _finish_save(parts, point)
-        if not stop and point.fraction(duration) >= 1:
-            _evaluate(parts, point, progress)
-            earlier = "" if point.step > parts.point.step else " before; raise train.duration to go on"
-            return _end(parts, point, DONE, f"reached {duration}{earlier}")
-        return _end(parts, point, CONTINUE, f"asked to stop by {stop.name or 'another rank'}")
+        return _finish(parts, point, stop, progress, unsaved=point.step > last_saved)
 
 
 def _agree(parts: Parts, batch: Any, asked: bool) -> list[float]:
@@ -140,10 +133,7 @@ def _agree(parts: Parts, batch: Any, asked: bool) -> list[float]:
     mine = (batch.local_tokens, batch.local_bytes, len(batch.quarantined), asked, parts.saver.writing)
     *agreed, lost = parts.engine.world.sum(*mine, parts.owner.lost())
     if lost:
-        raise UserError(
-            f"{parts.rundir.path} was taken over by another process while this one stood still; nothing more is "
-            "written here"
-        )
+        raise taken_over(parts.rundir.path)
     return agreed
 
 
@@ -227,7 +217,7 @@ def _go_back(parts: Parts, point: Point) -> str:
 
     The loader stays where it is: the samples since that checkpoint are stepped over.
     """
-    _finish_save(parts, point)  # it may be the one to go back to
+    finish_save(parts, point)  # it may be the one to go back to
     guard, engine, folder = parts.guard, parts.engine, parts.rundir.checkpoints
     why = f"{guard.skipped} steps on end were not taken, the last of them {point.step} (see guard in the configuration)"
     if guard.returns >= RETURNS:
@@ -250,7 +240,7 @@ def _odd_replicas(parts: Parts, before: Point, point: Point, saves: bool) -> str
         return ""
     odd = compare_replicas(parts.engine.adapter, parts.engine.world, parts.watch.hosts)
     if odd:
-        _finish_save(parts, point)  # it was looked at before it was begun
+        finish_save(parts, point)  # it was looked at before it was begun
         parts.tracker.log("replicas", step=point.step, why=odd)
     return odd
 
@@ -274,39 +264,18 @@ def _evaluate(parts: Parts, point: Point, progress: Progress) -> float | None:
     return loss
 
 
-def _save(parts: Parts, point: Point, *, heldout: float | None = None, ephemeral: bool = False) -> None:
-    """Begin to write a checkpoint, on every rank; the one before is finished first."""
-    _finish_save(parts, point)
-    parts.watch.enter("save", point.step)
-    trainer = {
-        "step": point.step,
-        "tokens": point.tokens,
-        "seconds": point.seconds,
-        "heldout": heldout,
-        "ephemeral": ephemeral,
-        "guard": parts.guard.state(),
-        **parts.identity,
-    }
-    parts.saver.begin(point.step, {"trainer": trainer, "files": parts.files})
-
-
-def _finish_save(parts: Parts, point: Point, *, writing: bool = False) -> None:
-    """Make the checkpoint that was begun visible, on every rank, and remove old ones; nothing while it is `writing`."""
-    if writing or not parts.saver.pending:
-        return
-    parts.watch.enter("save", point.step)
-    saved = parts.saver.finish()
-    assert saved is not None
-    if parts.engine.world.main:
-        prune(parts.rundir.checkpoints, parts.config.checkpoint)
-    parts.tracker.log("checkpoint", **asdict(saved))
-
-
-def _end(parts: Parts, point: Point, code: int, why: str) -> int:
-    parts.watch.enter("eval", point.step)
-    parts.tracker.log("end", step=point.step, outcome=code, why=why)
-    if parts.engine.world.main:
-        parts.rundir.write_outcome(code, why, point.step)
-        say(f"step {point.step}: {why}" + ("; the same command continues" if code == CONTINUE else ""))
-    parts.engine.world.barrier()
-    return code
+def _finish(parts: Parts, point: Point, stop: StopRequest, progress: Progress, *, unsaved: bool) -> int:
+    """After the last step of this start: save it, if there is time, and say why it was the last."""
+    duration = parts.config.train.duration
+    if late := too_late(parts, stop, unsaved):
+        return end(parts, point, CONTINUE, late)
+    if unsaved:
+        if odd := _odd_replicas(parts, point, point, True):
+            return end(parts, point, CONTINUE, odd)
+        save(parts, point, ephemeral=point.fraction(duration) < 1)
+    finish_save(parts, point)
+    if not stop and point.fraction(duration) >= 1:
+        _evaluate(parts, point, progress)
+        earlier = "" if point.step > parts.point.step else " before; raise train.duration to go on"
+        return end(parts, point, DONE, f"reached {duration}{earlier}")
+    return end(parts, point, CONTINUE, f"asked to stop by {stop.name or 'another rank'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,10 @@ from millrace.core.console import error
 from millrace.core.errors import CONTINUE, DONE, PeerLost, UserError
 
 FAILED = 1
+_LESS_MEMORY = (
+    "lower train.micro_batch, raise engine.zero_stage, or set engine.activation_checkpointing or "
+    "engine.offload_optimizer; in a batch job, look at its memory limit"
+)
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str], bool]:
@@ -47,9 +52,23 @@ def main_rank(cls: type[Any], run: Callable[[Any], int], argv: Sequence[str]) ->
         if rank == "0" or isinstance(problem, PeerLost):
             error(str(problem))
         return FAILED
+    except (MemoryError, RuntimeError) as problem:
+        if debug or not _out_of_memory(problem):
+            raise
+        where = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
+        first = next(iter(str(problem).splitlines()), "no memory could be allocated")
+        error(f"{where} is out of memory: {first}\n{_LESS_MEMORY}")
+        return FAILED
     except KeyboardInterrupt:
         error("interrupted; the last checkpoint stands, start again to continue")
         return 130
+
+
+def _out_of_memory(problem: BaseException) -> bool:
+    """Torch has a class of its own for accelerators; on the CPU it raises a plain RuntimeError."""
+    return isinstance(problem, MemoryError) or (
+        type(problem).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(problem)
+    )
 
 
 def _exit_code(outcome: int) -> int:

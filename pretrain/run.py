@@ -11,14 +11,14 @@ from typing import Any
 from millrace.core.config import to_dict, to_toml
 from millrace.core.console import say, warn
 from millrace.core.ledger import read_event
-from millrace.core.process import BEGAN
+from millrace.core.process import start_times
 from millrace.core.registry import lookup
 from millrace.core.rundir import RunDir, write_atomic
 from millrace.core.units import fmt_count
 from millrace.data.corpus import Corpus
 from millrace.data.loader import Loader, build_loader, heldout_batches, heldout_manifests
 from millrace.data.state import LoaderState
-from millrace.engine.checkpoint.read import open_newest, remove_leftovers
+from millrace.engine.checkpoint.download import restore
 from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.distributed import World, join_world, leave_world, world_size
 from millrace.engine.engine import Engine
@@ -38,6 +38,7 @@ from millrace.pretrain.loop import Parts, fit
 from millrace.pretrain.objectives import REGISTRY as OBJECTIVES
 from millrace.pretrain.resume import resume, tell_resumed
 from millrace.pretrain.tracking import Tracker
+from millrace.pretrain.uploads import begin_uploads, end_uploads
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -73,10 +74,9 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
     check_packable(hf_config(config.model, tokenizer.vocab_size, config.data.sequence_length).model_type)
     identity = _identity(config, rundir, corpus)
     with owned(rundir, identity, world) as owner, Watch(config.watchdog, rundir.path, world, owner.number) as watch:
-        run_id = world.on_main(lambda: _claim(rundir, identity))
+        run_id = world.on_main(lambda: _claim(config, rundir, identity))
         engine, model = build_engine(config, world, settings, tokenizer.vocab_size)
-        found, rejected = open_newest(rundir.checkpoints, world)
-        resumed = resume(found, engine)
+        resumed = resume(rundir.checkpoints, engine)
         files = run_files(config, model.config, tokenizer)
         peak = sum(world.gather_objects(peak_flops(world.device, precision)))
         with (
@@ -100,16 +100,17 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
                 guard=Guard(config.guard, resumed.guard),
                 point=resumed.point,
                 identity={"run_id": run_id},
+                uploader=begin_uploads(config.checkpoint.upload, rundir, world, resumed.point.step),
             )
             loader.exclude(world.on_main(lambda: _quarantined(rundir)))
-            if found is not None:
-                tell_resumed(parts, found, rejected)
-            how = (run_id, precision, parts.point.step if found else None)
+            tell_resumed(parts, resumed)
+            how = (run_id, precision, resumed.step)
             tracker.log("start", **_start_record(parts, model, how, corpus))
             if world.main:
                 write_atomic(rundir.config, to_toml(config))
                 _announce(parts, model, precision)
             outcome = fit(parts)
+            end_uploads(parts, outcome)
     if world.main:
         _report(rundir)
     return outcome
@@ -155,9 +156,9 @@ def _identity(config: PretrainConfig, rundir: RunDir, corpus: Corpus) -> dict[st
     return fingerprint(config, manifests)
 
 
-def _claim(rundir: RunDir, identity: dict[str, Any]) -> str:
+def _claim(config: PretrainConfig, rundir: RunDir, identity: dict[str, Any]) -> str:
+    restore(config.checkpoint.upload, rundir, identity)
     run_id = rundir.claim(identity)
-    remove_leftovers(rundir.checkpoints)
     rundir.outcome.unlink(missing_ok=True)
     return run_id
 
@@ -195,7 +196,7 @@ def _start_record(parts: Parts, model: Any, how: tuple[str, str, int | None], co
     run_id, precision, resumed = how
     ds = parts.engine.ds
     return {
-        "began": BEGAN,
+        **start_times(),
         "run_id": run_id,
         "world": parts.engine.world.size,
         "zero_stage": ds.zero_optimization_stage(),

@@ -17,14 +17,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
+from millrace.core.bounded import bounded
 from millrace.core.console import say, warn
 from millrace.core.ledger import Ledger
 from millrace.core.rundir import RunDir
 from millrace.pretrain.track_config import TrackConfig
-
-T = TypeVar("T")
 
 # Events that a power cut may not lose: they decide where a run continues and what its report says.
 _DURABLE = frozenset({"start", "checkpoint", "resume", "end"})
@@ -159,8 +158,8 @@ class _Wandb:
         start_offline: Callable[[], Any] = partial(self._init, "offline")
         if mode == "online":
             try:
-                _bounded(_probe, _PROBE_SECONDS)
-                run = _bounded(partial(self._init, "online"), _INIT_SECONDS)
+                bounded(_probe, _PROBE_SECONDS)
+                run = bounded(partial(self._init, "online"), _INIT_SECONDS)
                 say(f"wandb: {run.url}")
                 return run
             except Exception as error:
@@ -168,7 +167,7 @@ class _Wandb:
                 warn(f"wandb cannot be reached ({_first_line(error)}); recording offline, send it later with: {later}")
                 start_offline = self._init_again
         try:
-            return _bounded(start_offline, _INIT_SECONDS)
+            return bounded(start_offline, _INIT_SECONDS)
         except Exception as error:
             warn(f"wandb does not start ({_first_line(error)}); the ledger goes on without it")
             return None
@@ -228,26 +227,6 @@ def _probe() -> None:
 def _run_id(run_dir: RunDir) -> str:
     """The run's own id, so that every start of one run continues one wandb run."""
     return str(json.loads(run_dir.identity.read_text())["id"])
-
-
-def _bounded(call: Callable[[], T], seconds: float) -> T:
-    """`call()` on a daemon thread. Raises what it raises, or TimeoutError after `seconds`."""
-    outcome: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
-
-    def work() -> None:
-        try:
-            outcome.put((call(), None))
-        except BaseException as error:
-            outcome.put((None, error))
-
-    threading.Thread(target=work, name="wandb-init", daemon=True).start()
-    try:
-        result, error = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
-    if error is not None:
-        raise error if isinstance(error, Exception) else RuntimeError(_first_line(error))
-    return result  # type: ignore[return-value]
 
 
 def _first_line(error: BaseException) -> str:

@@ -61,6 +61,7 @@ class SlurmConfig:
     log: str = option("", "file of the job's output, %j is the job's number; empty = RUN/slurm/%j.out")
     requeue: bool = option(True, "start again by itself after a preemption, the time limit, a lost node or a crash")
     grace: int = option(120, "seconds before the time limit at which the run is asked to save and end")
+    node_check: int = option(60, "seconds for a look at every node before the start, see docs/slurm.md; 0: none")
     container: str = option("", "container image (a path or URI), started by pyxis: srun --container-image")
     container_mounts: list[str] = option([], "further SOURCE:TARGET mounts; the run directory is always mounted")
     accelerate_config: str = option("", "file for accelerate launch --config_file; empty = --use_deepspeed")
@@ -96,7 +97,9 @@ class SlurmConfig:
 
 
 def _check_numbers(config: SlurmConfig) -> None:
-    least = {"nodes": 1, "max_nodes": 0, "grace": 1, "gpus_per_node": 0, "processes_per_node": 0, "cpus_per_task": 0}
+    least = {"nodes": 1, "grace": 1} | dict.fromkeys(
+        ("max_nodes", "gpus_per_node", "processes_per_node", "cpus_per_task", "node_check"), 0
+    )
     for key, smallest in least.items():
         value = getattr(config, key)
         if value < smallest:

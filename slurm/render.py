@@ -17,11 +17,14 @@ STARTS = 3  # without a newer checkpoint, after which a job is not started again
 # NodeAddr is the name or address by which Slurm itself reaches a node from the others (`man slurm.conf`), the
 # node's name unless the administrator says otherwise. The port lies below those that Linux hands out itself.
 _RENDEZVOUS = """\
+address() {
+  local found
+  found=$(scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
+  echo "${found:-$1}"
+}
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-main_ip=$(scontrol --oneliner show node "${hosts[0]}" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
-main_ip=${main_ip:-${hosts[0]}}
 main_port=$((10000 + SLURM_JOB_ID % 20000))
-echo "job $SLURM_JOB_ID on ${hosts[*]}, rendezvous at $main_ip:$main_port"
+echo "job $SLURM_JOB_ID on ${hosts[*]}"
 """
 
 # The launchers turn any worker's exit code into 0 or 1, so the run leaves its own in outcome.json.
@@ -54,7 +57,15 @@ if ((starts >= {STARTS})); then
   exit {STOP}
 fi
 echo "job $SLURM_JOB_ID ended with $code and is queued again (newest checkpoint: $newest)"
+date +%s > "$run/slurm/ended"
+trap : TERM  # what requeueing sends to this script
 scontrol requeue "$SLURM_JOB_ID" || echo "it could not be queued again; submit it again"
+if [[ -n $bad ]]; then
+  # Possible once the job waits again; nodes that were left out before stay so.
+  before=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\\([^ ]*\\).*/\\1/p')
+  if [[ $before && $before != "(null)" ]]; then bad=$before,$bad; fi
+  scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad" && echo "it will not be given $bad"
+fi
 exit {CONTINUE}
 """
 
@@ -86,12 +97,18 @@ def render(config: SlurmConfig, command: Sequence[str], run_dir: str | Path, sha
         "#!/usr/bin/env bash\n" + "".join(f"#SBATCH {shlex.quote(line)}\n" for line in header),
         _preamble(config),
         _RENDEZVOUS,
-        _nodes(usable),
         f"run={shlex.quote(str(run.path))}\n"
         "outcome=$run/outcome.json\n"
         "# What an earlier job left must not be taken for this one's.\n"
-        'rm -f "$outcome"\n',
-        "code=0\n" + _srun(config, command, run),
+        'rm -f "$outcome"\n'
+        "# For the report, which tells how long a restart took.\n"
+        "MILLRACE_JOB_ENDED=\n"
+        'if [[ -r $run/slurm/ended ]]; then read -r MILLRACE_JOB_ENDED < "$run/slurm/ended"; fi\n'
+        "MILLRACE_JOB_BEGAN=$(date +%s)\n"
+        "export MILLRACE_JOB_ENDED MILLRACE_JOB_BEGAN\n",
+        _check(config, run),
+        _nodes(usable),
+        _srun(config, command, run),
         _OUTCOME,
         _REQUEUE if config.requeue else 'exit "$code"\n',
     ]
@@ -106,7 +123,8 @@ def _header(config: SlurmConfig, run: RunDir, usable: list[int]) -> list[str]:
         f"--chdir={os.getcwd()}",
         f"--output={log}",
         f"--nodes={usable[-1]}" + (f"-{usable[0]}" if len(usable) > 1 else ""),
-        "--ntasks-per-node=1",
+        # With it, Slurm gives a range of nodes its least (22.05); srun asks for it anyway.
+        *(["--ntasks-per-node=1"] if len(usable) == 1 else []),
         f"--cpus-per-task={config.cpus}",
         # To the steps, not to this script, which then sees how the run ended.
         f"--signal=USR1@{config.grace}",
@@ -147,32 +165,62 @@ def usable_nodes(config: SlurmConfig, shares: int | None) -> list[int]:
     return usable
 
 
-def _nodes(usable: list[int]) -> str:
-    """The number of nodes that the run takes, of those that the job got."""
-    if len(usable) == 1:
-        return f"nodes={usable[0]}\n"
+def _check(config: SlurmConfig, run: RunDir) -> str:
+    """A look at every node; those that are bad are taken out of `hosts` and left in `bad`."""
+    if not config.node_check:
+        return "bad=\n"
+    prefix, python = _container(config, run), shlex.quote("python" if config.container else sys.executable)
+    each = shlex.join(["--ntasks-per-node=1", f"--cpus-per-task={config.cpus}", "--export=ALL", *prefix])
+    alone = "srun --nodes=1 --ntasks=1 " + shlex.join(["--export=ALL", *prefix]) + " " if config.container else ""
+    look = f"--gpus {config.gpus_per_node} --seconds {config.node_check}"
     return (
-        "# Of the nodes that the job got, as many as divide the batch.\n"
-        f"for nodes in {' '.join(map(str, usable))}; do\n"
-        "  if ((nodes <= SLURM_JOB_NUM_NODES)); then break; fi\n"
+        "# A look at every node: GPUs, disks, clocks, and talk between all pairs.\n"
+        'rm -rf "$run/slurm/check"\n'
+        f"timeout --kill-after=10 {config.node_check + 60} \\\n"
+        f'  srun --nodes="${{#hosts[@]}}" --ntasks="${{#hosts[@]}}" {each} \\\n'
+        f"  {python} -m millrace.slurm.node_check look \\\n"
+        f'  "$run" "$(address "${{hosts[0]}}")" $((main_port + 1)) --first "${{hosts[0]}}" {look} || true\n'
+        f'bad=$({alone}{python} -m millrace.slurm.node_check judge "$run" "${{hosts[@]}}") || bad=\n'
+        "good=()\n"
+        'for host in "${hosts[@]}"; do\n'
+        '  if [[ ,$bad, != *,"$host",* ]]; then good+=("$host"); fi\n'
         "done\n"
-        'echo "using $nodes of $SLURM_JOB_NUM_NODES nodes"\n'
+        'hosts=("${good[@]}")\n'
     )
+
+
+def _nodes(usable: list[int]) -> str:
+    """The number of nodes that the run takes, of those that the job got; 0 where they are too few."""
+    if len(usable) == 1:
+        return f"nodes=$((${{#hosts[@]}} < {usable[0]} ? 0 : {usable[0]}))\n"
+    return (
+        "# As many nodes as there are and as divide the batch.\n"
+        "nodes=0\n"
+        f"for count in {' '.join(map(str, usable))}; do\n"
+        "  if ((count <= ${#hosts[@]})); then nodes=$count; break; fi\n"
+        "done\n"
+    )
+
+
+def _container(config: SlurmConfig, run: RunDir) -> list[str]:
+    """Options of srun."""
+    if not config.container:
+        return []
+    mounts = ",".join([f"{run.path}:{run.path}", *config.container_mounts])
+    return [f"--container-image={config.container}", f"--container-mounts={mounts}"]
 
 
 def _srun(config: SlurmConfig, command: Sequence[str], run: RunDir) -> str:
     # srun does not inherit --cpus-per-task (since 22.05), nor the environment under sbatch --export=NONE.
     step = [
-        "--relative=0",
         "--ntasks-per-node=1",
         f"--cpus-per-task={config.cpus}",
         "--kill-on-bad-exit=1",
         "--export=ALL",
+        *_container(config, run),
     ]
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     if config.container:
-        mounts = ",".join([f"{run.path}:{run.path}", *config.container_mounts])
-        step += [f"--container-image={config.container}", f"--container-mounts={mounts}"]
         launcher = ["accelerate", "launch"]
     # The inner shell runs on each node and expands that node's number.
     inner = f'exec {shlex.join(launcher)} --machine_rank "$SLURM_NODEID" "$@"'
@@ -180,11 +228,21 @@ def _srun(config: SlurmConfig, command: Sequence[str], run: RunDir) -> str:
     if config.accelerate_config:
         deepspeed = ["--config_file", config.accelerate_config]
     rows = [
-        'srun --nodes="$nodes" --ntasks="$nodes" ' + shlex.join(step),
+        '  srun --nodes="$nodes" --ntasks="$nodes" --nodelist="$taken" ' + shlex.join(step),
         "bash -c " + shlex.quote(inner) + " accelerate",
         shlex.join(deepspeed) + " --deepspeed_multinode_launcher standard",
         f'--num_machines "$nodes" --num_processes $((nodes * {config.processes}))',
         '--main_process_ip "$main_ip" --main_process_port "$main_port"',
         shlex.join(command) + " || code=$?",
     ]
-    return " \\\n  ".join(rows) + "\n"
+    return (
+        "if ((nodes)); then\n"
+        '  taken=$(IFS=,; echo "${hosts[*]:0:nodes}")\n'
+        '  main_ip=$(address "${hosts[0]}")\n'
+        '  echo "the run takes $taken, rendezvous at $main_ip:$main_port"\n'
+        "  code=0\n" + " \\\n    ".join(rows) + "\n"
+        "else\n"
+        '  echo "too few good nodes: ${hosts[*]}"\n'
+        f"  code={CONTINUE}\n"
+        "fi\n"
+    )

@@ -34,11 +34,11 @@ def run_world(script: Path, world: int, arguments: Sequence[str] = (), timeout: 
 
 
 def launch_world(
-    script: Path, world: int, arguments: Sequence[str] = (), timeout: float = 240
+    script: Path, world: int, arguments: Sequence[str] = (), timeout: float = 240, inside: Sequence[str] = ()
 ) -> tuple[list[int], list[str]]:
     """Run `script` as `world` ranks; returns every rank's exit code (negative: the signal) and output.
 
-    When the deadline passes, all are killed, and the last output says so.
+    When the deadline passes, all are killed, and the last output says so. `inside` is a command that each is run by.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -49,7 +49,7 @@ def launch_world(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
-        command = [sys.executable, str(script), *arguments]
+        command = [*inside, sys.executable, str(script), *arguments]
         children.append(
             subprocess.Popen(
                 command,

@@ -92,7 +92,7 @@ class ObjectBlob(RemoteBlob):
         return str(self._etag or self._modified)
 
     def _attempt(self, start: int, stop: int, end: float) -> Buffer:
-        return _judged(lambda: self._get(start, stop), self.url)
+        return judged(lambda: self._get(start, stop), self.url)
 
     def _get(self, start: int, stop: int) -> Buffer:
         import obstore
@@ -121,25 +121,28 @@ def ask(question: Callable[[], T], url: str, patience: Patience) -> T:
     Raises:
         StoreError: it cannot be answered, or not within the deadline.
     """
-    return persist(lambda end: _judged(question, url), url, split_url(url)[0], patience)
+    return persist(lambda end: judged(question, url), url, split_url(url)[0], patience)
 
 
 @lru_cache(maxsize=64)
-def object_store(root: str, patience: Patience) -> ObjectStore:
-    """The store of "s3://bucket", one per process, so that its connections are shared."""
+def object_store(root: str, patience: Patience, retries: int = 0) -> ObjectStore:
+    """The store of "s3://bucket", one per process, so that its connections are shared.
+
+    Reads are made again by `persist`; what is written in parts needs `retries` of each request by the client itself.
+    """
     from obstore import exceptions, store
 
     scheme, _, bucket = root.partition("://")
     options: dict[str, Any] = {
         "client_options": _client(scheme, patience),
-        "retry_config": {"max_retries": 0, "retry_timeout": timedelta(0)},  # `persist` counts them
+        "retry_config": {"max_retries": retries, "retry_timeout": timedelta(seconds=patience.deadline * bool(retries))},
     }
     if scheme == "s3" and os.environ.get("AWS_PROFILE") and not os.environ.get("AWS_ACCESS_KEY_ID"):
         options["credential_provider"] = _profile()
     try:
         made: ObjectStore = getattr(store, _STORES[scheme][0])(bucket, **options)
     except (exceptions.BaseError, ValueError) as error:
-        raise StoreError(f"cannot read from {root}: {_reason(error)}; {_credentials(root)}") from None
+        raise StoreError(f"cannot open {root}: {_reason(error)}; {_credentials(root)}") from None
     return made
 
 
@@ -185,8 +188,13 @@ def _head(store: ObjectStore, key: str) -> Any:
     return obstore.head(store, key)
 
 
-def _judged(request: Callable[[], T], url: str) -> T:
-    """Do `request`, and tell failures that may pass from those that will not."""
+def judged(request: Callable[[], T], url: str, verb: str = "read") -> T:
+    """Do `request`, and tell failures that may pass from those that will not; `verb` is what is done with `url`.
+
+    Raises:
+        Transient: it may pass.
+        StoreError: it will not; says which URL and why, and no credentials.
+    """
     from obstore import exceptions
 
     _refuse_fork(url)
@@ -197,17 +205,18 @@ def _judged(request: Callable[[], T], url: str) -> T:
     except exceptions.PreconditionError:
         raise StoreError(f"{url} changed after it was opened; open it again") from None
     except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-        raise StoreError(f"{url} may not be read: {_reason(error)}; {_credentials(url)}") from None
+        said = "read" if verb == "read" else "written"
+        raise StoreError(f"{url} may not be {said}: {_reason(error)}; {_credentials(url)}") from None
     except exceptions.GenericError as error:
         text = str(error)
         if _METADATA.search(text):
             raise Transient(f"no credentials in the environment or from the machine; {_credentials(url)}") from None
         if _HOPELESS.search(text):
-            raise StoreError(f"cannot read {url}: {_reason(error)}") from None
+            raise StoreError(f"cannot {verb} {url}: {_reason(error)}") from None
         connected = re.search(r"status code|kind: (Interrupted|Timeout)", text) and "ConnectError" not in text
         raise Transient(_reason(error), answered=bool(connected)) from None
     except (exceptions.BaseError, ValueError) as error:
-        raise StoreError(f"cannot read {url}: {_reason(error)}") from None
+        raise StoreError(f"cannot {verb} {url}: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
@@ -225,7 +234,7 @@ def _credentials(url: str) -> str:
         "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
         "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
         "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_SKIP_SIGNATURE=true",
-    }[scheme_of(url)]
+    }.get(scheme_of(url), "see who owns it")
 
 
 def _refuse_fork(url: str) -> None:
@@ -234,6 +243,6 @@ def _refuse_fork(url: str) -> None:
     _runtime_pid = _runtime_pid or os.getpid()
     if _runtime_pid != os.getpid():
         raise StoreError(
-            f"cannot read {url} in a process that was forked after its parent had read from a store; start "
+            f"cannot ask for {url} in a process that was forked after its parent had read from a store; start "
             "worker processes with the method 'spawn' or 'forkserver'"
         )

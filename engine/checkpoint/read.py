@@ -17,8 +17,10 @@ from millrace.core.console import warn
 from millrace.core.errors import UserError
 from millrace.engine.checkpoint.slices import MASTER, Adapter
 from millrace.engine.checkpoint.tensorfile import file_sha256
-from millrace.engine.checkpoint.write import ENGINE, FORMAT
+from millrace.engine.checkpoint.write import ENGINE, FORMAT, manifest_sha256
 from millrace.engine.distributed import World
+
+UNSEALED = 1  # the format of 0.1, whose manifest holds no hash of itself
 
 
 class Checkpoint:
@@ -32,8 +34,11 @@ class Checkpoint:
             raise UserError(f"{self.path} is not a checkpoint: it has no MANIFEST.json") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}/MANIFEST.json cannot be read: {error}") from None
-        if self.manifest.get("format") != FORMAT:
-            raise UserError(f"{self.path} has format {self.manifest.get('format')}; this version reads {FORMAT}")
+        found = self.manifest.get("format")
+        if found not in (UNSEALED, FORMAT):
+            raise UserError(f"{self.path} has format {found}; this version reads {UNSEALED} and {FORMAT}")
+        if found == FORMAT and self.manifest.pop("sha256", None) != manifest_sha256(self.manifest):
+            raise UserError(f"{self.path}/MANIFEST.json was altered: its content differs from the SHA-256 in it")
 
     @property
     def step(self) -> int:
@@ -127,10 +132,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a kill left behind; call it on one rank before the run starts writing."""
-    for path in folder.glob("step-*.tmp-*"):
+def remove_leftovers(folder: Path) -> list[int]:
+    """Remove what a kill left behind; call it on one rank before the run starts writing.
+
+    Returns:
+        The steps whose save was cut off.
+    """
+    unfinished = []
+    for path in sorted(folder.glob("step-*.tmp-*")):
         shutil.rmtree(path, ignore_errors=True)
+        step, _, owner = path.name[5:].partition(".tmp-")
+        if step.isdigit() and owner.isdigit():  # not one that was being removed
+            unfinished.append(int(step))
+    return unfinished
 
 
 def open_newest(folder: Path, world: World | None = None) -> tuple[Checkpoint | None, list[dict[str, str]]]:

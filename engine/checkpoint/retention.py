@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,27 +24,34 @@ class Saved:
 def stays(saved: Sequence[Saved], config: CheckpointConfig) -> set[int]:
     """Steps that stay: the newest of all, the newest `keep`, multiples of `keep_every`, and the `keep_best`.
 
-    One that only bridges the time to the next stays until there is a newer one.
+    One that only bridges the time to the next stays until there is a newer one; but while there are not yet `keep`
+    others, the newest `keep` of all stay, so that a damaged newest one is not the only one.
     """
     steps = sorted(s.step for s in saved if not s.ephemeral)
     best = sorted((s.heldout, s.step) for s in saved if s.heldout is not None and not s.ephemeral)
     kept = set(steps[-config.keep :] if config.keep else steps)
     kept |= {step for step in steps if config.keep_every and step % config.keep_every == 0}
     kept |= {step for _, step in best[: config.keep_best]}
-    return kept | {max((s.step for s in saved), default=0)}
+    newest = sorted(s.step for s in saved)[-_least(config) :]
+    return kept | set(newest if len(steps) < _least(config) else newest[-1:])
 
 
-def prune(folder: Path, config: CheckpointConfig) -> None:
-    """Remove the checkpoints in `folder` that need not stay."""
+def _least(config: CheckpointConfig) -> int:
+    return config.keep or 2
+
+
+def prune(folder: Path, config: CheckpointConfig, busy: Collection[int] = ()) -> None:
+    """Remove the checkpoints in `folder` that need not stay; those of `busy` steps are being read."""
     paths = {int(path.name[5:]): path for path in list_checkpoints(folder)}
-    kept = stays([_read(step, path) for step, path in paths.items()], config)
+    kept = stays([read_saved(path) for path in paths.values()], config).union(busy)
     for step, path in paths.items():
         if step not in kept:
             remove(path)
 
 
-def _read(step: int, path: Path) -> Saved:
-    """What is known of a checkpoint; one that cannot be read is an ordinary one."""
+def read_saved(path: Path) -> Saved:
+    """What is known of the checkpoint `step-N`; one that cannot be read is an ordinary one."""
+    step = int(path.name[5:])
     try:
         trainer = json.loads((path / "trainer.json").read_text())
     except (OSError, ValueError):

@@ -27,7 +27,7 @@ from millrace.engine.checkpoint.write import (
     write_rank,
 )
 from millrace.engine.distributed import World
-from millrace.engine.owner import Ownership
+from millrace.engine.owner import Ownership, taken_over
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,12 @@ class Saver:
         self._background = background
         self._copies: dict[str, torch.Tensor] = {}
         self._pending: _Pending | None = None
+        self.took = 0.0  # seconds that this rank copied and wrote the last one for
+
+    def needs(self, another: bool) -> float:
+        """Seconds until all that was begun is written, and `another`, if they take as long as the last."""
+        going = time.perf_counter() - self._pending.began if self._pending and self._pending.alive() else self.took
+        return max(0.0, self.took - going) + (self.took if another else 0.0)
 
     @property
     def pending(self) -> bool:
@@ -106,12 +112,14 @@ class Saver:
         Raises:
             OSError: a rank could not write, a full disk for one; on every rank, with `step-N` not visible and the
                 temporary folder removed.
+            UserError: the run directory was taken over meanwhile, and with it what was half written.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return None
         waited = time.perf_counter()
         pending.wait()
+        self.took = pending.took
         size = [0]
         final = self._folder / step_name(pending.content.facts["step"])
 
@@ -130,7 +138,10 @@ class Saver:
 
     def _raise_everywhere(self, error: str | None) -> None:
         """If any rank failed, fail on all: one rank alone would leave the others waiting in a collective."""
-        failed = [(rank, e) for rank, e in enumerate(self._world.gather_objects(error)) if e]
+        every = self._world.gather_objects((error, self._owner is not None and self._owner.lost()))
+        failed = [(rank, e) for rank, (e, _) in enumerate(every) if e]
+        if failed and any(lost for _, lost in every):  # the new owner removed what was half written
+            raise taken_over(self._folder.parent)
         if failed:
             rank, text = failed[0]
             raise OSError(
@@ -144,6 +155,7 @@ class _Pending:
     def __init__(self, temporary: Path, content: Content, began: float) -> None:
         self.temporary, self.content, self.began, self.stall = temporary, content, began, 0.0
         self.error: str | None = None
+        self.took = 0.0
         self._thread = threading.Thread(target=self._write, name="millrace-save", daemon=True)
         self._thread.start()
 
@@ -152,6 +164,7 @@ class _Pending:
             write_rank(self.temporary, self.content)
         except Exception as error:  # a thread's would be lost
             self.error = f"{error}" if isinstance(error, OSError) else repr(error)
+        self.took = time.perf_counter() - self.began
 
     def alive(self) -> bool:
         return self._thread.is_alive()

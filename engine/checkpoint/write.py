@@ -6,6 +6,7 @@ writes `MANIFEST.json` last; rename to `step-N`; fsync the parent. `Saver` calls
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from millrace.engine.checkpoint.slices import Adapter
 from millrace.engine.checkpoint.tensorfile import file_sha256, write_tensors
 from millrace.engine.owner import Ownership
 
-FORMAT = 1
+FORMAT = 2
 ENGINE = "model"  # one engine now; the key keeps a place for several
 FILE_BYTES = 4 * 2**30  # of a file at most, but for its header
 
@@ -158,7 +159,8 @@ def commit(temporary: Path, final: Path, content: Content, owner: Ownership | No
         for p in sorted(temporary.rglob("*"))
         if p.is_file()
     }
-    _write_text(temporary / "MANIFEST.json", json.dumps(content.facts | {"files": files}, indent=1))
+    manifest = content.facts | {"files": files}
+    _write_text(temporary / "MANIFEST.json", json.dumps(manifest | {"sha256": manifest_sha256(manifest)}, indent=1))
     for folder in [p for p in temporary.rglob("*") if p.is_dir()]:
         fsync_folder(folder)
     fsync_folder(temporary)
@@ -169,6 +171,11 @@ def commit(temporary: Path, final: Path, content: Content, owner: Ownership | No
     os.rename(temporary, final)
     fsync_folder(final.parent)
     return sum(file["size"] for file in files.values())
+
+
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    """The hash that a manifest holds of all else in it, so that a bit that flips in it is found, too."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -49,7 +49,7 @@ class Goodput:
 
 def goodput(records: Sequence[Record]) -> Goodput | None:
     """None for a ledger that holds no start."""
-    parts = list(_parts(records))
+    parts = list(each_start(records))
     if not parts:
         return None
     seconds = dict.fromkeys(CAUSES, 0.0)
@@ -57,13 +57,13 @@ def goodput(records: Sequence[Record]) -> Goodput | None:
     for part in parts:
         _add_part(seconds, part, kept, undone)
     for before, after in zip(parts, parts[1:], strict=False):
-        seconds["down"] += max(0.0, _began(after[0]) - before[-1]["time"])
-    wall = records[-1]["time"] - _began(parts[0][0])
+        seconds["down"] += max(0.0, began(after[0]) - before[-1]["time"])
+    wall = records[-1]["time"] - began(parts[0][0])
     seconds["other"] = max(0.0, wall - sum(seconds.values()))
     return Goodput(seconds)
 
 
-def _parts(records: Sequence[Record]) -> Iterator[list[Record]]:
+def each_start(records: Sequence[Record]) -> Iterator[list[Record]]:
     """The records of each start, the `start` first."""
     borders = [n for n, record in enumerate(records) if record["event"] == "start"]
     for first, last in zip(borders, [*borders[1:], len(records)], strict=False):
@@ -74,7 +74,7 @@ def _parts(records: Sequence[Record]) -> Iterator[list[Record]]:
         yield part
 
 
-def _began(start: Record) -> float:
+def began(start: Record) -> float:
     """When the process of a start began."""
     return float(start["began"] if "began" in start else start["time"])
 
@@ -102,7 +102,7 @@ def _add_part(seconds: dict[str, float], part: list[Record], kept: set[int], und
     seconds["save"] += sum(_stall(r) for r in part if r["event"] == "checkpoint")
     seconds["eval"] += sum(r.get("seconds", 0.0) for r in part if r["event"] == "eval")
     first = steps[0]["time"] - steps[0]["seconds"] if steps else part[-1]["time"]
-    seconds["start"] += max(0.0, first - _began(part[0]))
+    seconds["start"] += max(0.0, first - began(part[0]))
     typical = median(step["seconds"] for step in steps[1:]) if len(steps) > 1 else 0.0
     for number, step in enumerate(steps):
         spent, waited = step["seconds"], min(step.get("data_wait", 0.0), step["seconds"])

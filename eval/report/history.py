@@ -12,6 +12,7 @@ from millrace.core.errors import CONTINUE, DONE, STOP
 from millrace.core.ledger import consumed, effective
 from millrace.core.units import fmt_count, fmt_seconds
 from millrace.eval.report.goodput import Goodput, goodput
+from millrace.eval.report.recovery import Recovery, recoveries
 
 Record = dict[str, Any]
 # A single step's loss is mostly noise: the reported one is the mean of the last steps.
@@ -24,6 +25,7 @@ INCIDENTS = {
     "straggler": "slow rank",
     "hang": "hang",
     "quarantine": "sample left out",
+    "upload": "checkpoint not in the object store",
 }
 _OUTCOMES = {
     DONE: ("finished", "good"),
@@ -43,7 +45,7 @@ class History:
     norms: list[Record]
     samples: list[Record]
     checkpoints: list[Record]
-    resumes: list[Record]
+    recoveries: list[Recovery]
     restarts: list[int]
     recomputed: int
     end: Record | None
@@ -66,12 +68,12 @@ class History:
             norms=effective(records, "norms"),
             samples=effective(records, "sample"),
             checkpoints=[record for record in records if record["event"] == "checkpoint"],
-            resumes=[record for record in records if record["event"] == "resume"],
+            recoveries=recoveries(records),
             restarts=used.restarts,
             recomputed=used.recomputed,
             end=ends[-1] if ends else None,
             wall_seconds=_running_seconds(records, starts),
-            incidents=[record for record in records if record["event"] in INCIDENTS],
+            incidents=[record for record in records if _is_incident(record)],
             goodput=goodput(records),
         )
 
@@ -129,6 +131,11 @@ class History:
             ("Steps without a finite loss", str(broken) if broken else None),
         ]
         return [(name, value) for name, value in found if value is not None]
+
+
+def _is_incident(record: Record) -> bool:
+    """An upload is one only where it failed, and says why."""
+    return record["event"] in INCIDENTS and (record["event"] != "upload" or "why" in record)
 
 
 def values(records: Iterable[Record], key: str) -> list[float]:

@@ -16,6 +16,7 @@ from millrace.eval.report.charts import charts
 from millrace.eval.report.curves import Chart, draw
 from millrace.eval.report.goodput import CAUSES, Goodput
 from millrace.eval.report.history import INCIDENTS, History, Record
+from millrace.eval.report.recovery import PARTS
 from millrace.eval.report.style import CSS
 
 # A long run draws hundreds of samples and checkpoints; the page shows some of them, first and last included.
@@ -159,11 +160,16 @@ def _told(record: Record) -> str:
 
 
 def _restarts(history: History) -> str:
+    """A row for each: why, where it went on, and how long that took, by part."""
     rows = []
-    for record in history.resumes:
-        rejected = "; ".join(f"{r.get('path')}: {r.get('why')}" for r in record.get("rejected") or [])
-        rows.append([_when(record["time"]), f"{record['step']:,}", str(record.get("from", "")), rejected or "none"])
-    return _table("Restarts", ["time", "from step", "checkpoint", "checkpoints refused"], rows, len(rows))
+    for found in history.recoveries[-_ROWS:]:
+        parts = ", ".join(f"{part} {fmt_seconds(found.seconds[part])}" for part in PARTS if part in found.seconds)
+        took = f"{fmt_seconds(sum(found.seconds.values()))}: {parts}"
+        refused = "; ".join(f"{r.get('path')}: {r.get('why')}" for r in found.rejected)
+        row = [_when(found.time), f"{found.step:,}", f"{found.again:,}", found.why, took, refused or "none"]
+        rows.append(row)
+    head = ["time", "from step", "steps again", "why", "time to go on", "checkpoints refused"]
+    return _table("Restarts", head, rows, len(history.recoveries))
 
 
 def _checkpoints(records: Sequence[Record]) -> str:

@@ -52,6 +52,7 @@ max-height:26rem}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:.45rem 1rem;overflow-wrap:anywhere;vertical-align:top}
 th{color:var(--muted);font-weight:500;font-size:.8rem;white-space:nowrap}
+td:first-child{white-space:nowrap}
 tbody tr{border-top:1px solid var(--line)}
 details{background:var(--card);border:1px solid var(--line);border-radius:.7rem;margin-bottom:.6rem}
 summary{cursor:pointer;padding:.6rem 1rem;font-weight:500}

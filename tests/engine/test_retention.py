@@ -22,6 +22,9 @@ def stays_alone(one: Saved, everything: list[Saved], config: CheckpointConfig) -
     newer = [s for s in everything if s.step > one.step]
     if not newer:
         return True
+    least = config.keep or 2
+    if len(newer) < least and len([s for s in everything if not s.ephemeral]) < least:
+        return True
     if one.ephemeral:
         return False
     if config.keep == 0 or len([s for s in newer if not s.ephemeral]) < config.keep:
@@ -58,6 +61,14 @@ def test_removing_step_by_step_keeps_what_removing_at_the_end_would(tmp_path: Pa
         there = {int(path.name[5:]) for path in tmp_path.iterdir()}
         assert there == stays(everything, config) & set(losses)
     assert there == {4, 5, 8, 9}
+
+
+def test_a_stop_early_in_a_run_leaves_two_to_fall_back_to() -> None:
+    """Found by benchmarks/soak.py: the first ordinary one replaced the stop's, was flipped, and nothing verified."""
+    saved = [Saved(15, ephemeral=True), Saved(20)]
+    assert stays(saved, CheckpointConfig(keep=2)) == {15, 20}
+    assert stays([*saved, Saved(40)], CheckpointConfig(keep=2)) == {20, 40}
+    assert stays(saved, CheckpointConfig(keep=1)) == {20}
 
 
 def test_one_that_cannot_be_read_is_an_ordinary_one(tmp_path: Path) -> None:

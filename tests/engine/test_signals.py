@@ -31,6 +31,27 @@ def test_a_second_ctrl_c_interrupts() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    for name in ("SLURM_JOB_END_TIME", "TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.left() == float("inf"), "a process that nobody will kill"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with StopRequest() as stop:
+        assert stop.left() == float("inf"), "nobody has asked"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.left() == 30.0
+        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+        assert stop.left() == 120.0
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1050")
+    with StopRequest() as stop:
+        assert stop.left() == 50.0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.left() == 50.0, "what ends first"
+
+
 @pytest.mark.parametrize("job", [10 * GRACE, 2 * GRACE])  # of a short job, a quarter is left for saving
 def test_a_time_limit_that_comes(monkeypatch: pytest.MonkeyPatch, job: float) -> None:
     now = 1e9

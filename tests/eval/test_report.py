@@ -109,6 +109,15 @@ def test_key_figures_are_those_of_the_effective_history(tmp_path: Path) -> None:
     assert "Steps without a finite loss" not in figures
 
 
+def test_what_went_wrong_is_listed(tmp_path: Path) -> None:
+    upload = {"step": 3, "to": "s3://bucket/tiny/step-00000003", "seconds": 2.0}
+    told = [("skip", {"step": 2, "why": "loss is nan"}), ("upload", upload | {"bytes": 9})]
+    told += [("upload", upload | {"bytes": 0, "why": "connection refused"})]
+    text = page_of(write(tmp_path, ("start", START), ("step", step(1)), *told)).text
+    assert "Incidents" in text and "loss is nan" in text and "connection refused" in text
+    assert text.count("checkpoint not in the object store") == 1
+
+
 def test_wall_time_leaves_out_the_queue() -> None:
     times = [("start", 0), ("step", 10), ("start", 1000), ("step", 1005), ("end", 1006)]
     records = [{"event": e, "time": float(t), "step": n, "resumed_from": 1} for n, (e, t) in enumerate(times)]

@@ -37,10 +37,13 @@ class Runs:
     def __init__(self, config: Path, folder: Path) -> None:
         self.config, self.folder = config, folder
 
-    def __call__(self, name: str, faults: list[dict[str, Any]], *overrides: str, world: int = 2) -> Run:
+    def __call__(
+        self, name: str, faults: list[dict[str, Any]], *overrides: str, world: int = 2, inside: tuple[str, ...] = ()
+    ) -> Run:
         wanted = [f"run.dir={self.folder}", f"run.name={name}", *SETTINGS, *overrides]
         script = Path(__file__).with_name("inject.py")
-        codes, said = launch_world(script, world, [json.dumps(faults), str(self.config), *wanted], timeout=180)
+        arguments = [json.dumps(faults), str(self.config), *wanted]
+        codes, said = launch_world(script, world, arguments, timeout=240, inside=inside)
         return Run(self.folder / name, codes, said)
 
 

@@ -11,15 +11,20 @@ import os
 import signal
 import sys
 import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from millrace.core.process import run_process
 from millrace.data.loader import Loader
-from millrace.engine.checkpoint import write
+from millrace.data.stores import remote
+from millrace.data.stores.waiting import Patience
+from millrace.engine.checkpoint import download, saver, write
+from millrace.engine.checkpoint.upload import Uploader
 from millrace.engine.distributed import World
-from millrace.pretrain import loop
+from millrace.pretrain import loop, uploads
 from millrace.pretrain import run as pretrain_run
 from millrace.pretrain.config import PretrainConfig
 from millrace.pretrain.main import main_rank
@@ -90,6 +95,17 @@ def leaves_out_a_sum(fault: dict[str, Any]) -> None:
     World.sum = faulty  # type: ignore[method-assign]
 
 
+def decides_alone(fault: dict[str, Any]) -> None:
+    """What a step is judged by is the rank's own, not the sum over all ranks."""
+    add = World.sum
+
+    def faulty(self: Any, *values: float) -> list[float]:
+        summed = add(self, *values)
+        return list(values) if due(fault) and len(values) == 3 else summed
+
+    World.sum = faulty  # type: ignore[method-assign]
+
+
 def slow(fault: dict[str, Any]) -> None:
     """Forward passes take longer by so many seconds."""
     forward = loop.Engine.forward
@@ -100,6 +116,18 @@ def slow(fault: dict[str, Any]) -> None:
         return forward(self, micro)
 
     loop.Engine.forward = faulty  # type: ignore[method-assign]
+
+
+def slow_disk(fault: dict[str, Any]) -> None:
+    """Writing a rank's part of a checkpoint takes longer by so many seconds, once it has begun."""
+    real = saver.write_rank
+
+    def faulty(temporary: Path, content: Any) -> None:
+        temporary.mkdir(parents=True, exist_ok=True)
+        time.sleep(fault["seconds"])
+        real(temporary, content)
+
+    saver.write_rank = faulty
 
 
 def flip(fault: dict[str, Any]) -> None:
@@ -117,7 +145,25 @@ def flip(fault: dict[str, Any]) -> None:
     loop.Engine.forward = faulty  # type: ignore[method-assign]
 
 
-KINDS = {"loss": loss, "signal": send, "read": never_reads, "sum": leaves_out_a_sum, "slow": slow, "flip": flip}
+def impatient(fault: dict[str, Any]) -> None:
+    """Stores, of checkpoints and of data, are given up after so many seconds."""
+    patience = Patience(stall=fault["seconds"] / 2, deadline=fault["seconds"], unknown=fault["seconds"])
+    uploads.Uploader = partial(Uploader, patience=patience)  # type: ignore[misc,assignment]
+    download._ASK_SECONDS = fault["seconds"]
+    remote.ObjectBlob.__init__.__defaults__ = (patience,)  # type: ignore[misc]
+
+
+KINDS = {
+    "loss": loss,
+    "signal": send,
+    "read": never_reads,
+    "sum": leaves_out_a_sum,
+    "alone": decides_alone,
+    "slow": slow,
+    "disk": slow_disk,
+    "flip": flip,
+    "impatient": impatient,
+}
 
 
 def count_steps() -> None:

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from millrace.engine.checkpoint import write as writing
 from millrace.engine.checkpoint.read import list_checkpoints, open_newest, remove_leftovers, verdict
 from millrace.engine.checkpoint.retention import prune
-from millrace.engine.checkpoint.write import Content, Slice, commit, step_name, write_rank
+from millrace.engine.checkpoint.write import step_name
 from millrace.engine.config import CheckpointConfig
 from tests.faults.crash import KINDS, Disk, restore, watched
-
-RANKS = 2
-
-
-def content(step: int, rank: int) -> Content:
-    generator = torch.Generator().manual_seed(100 * step + rank)
-    slices = [Slice(f"model|layer{n}|{s}", rank * 8, torch.randn(8, generator=generator))
-              for n in range(3) for s in ("master", "exp_avg")]  # fmt: skip
-    facts = {"format": writing.FORMAT, "step": step, "world": RANKS, "params": {}, "states": ["master", "exp_avg"]}
-    files = {"config.toml": "x = 1\n", "model/config.json": "{}"}
-    return Content(rank, slices, {"buffer": torch.ones(3)}, {"trainer": {"step": step}, "files": files}, facts)
-
-
-def save(folder: Path, step: int, order: tuple[int, ...] = (0, 1)) -> None:
-    temporary = folder / f"{step_name(step)}.tmp-1"
-    for rank in order:
-        write_rank(temporary, content(step, rank))
-    commit(temporary, folder / step_name(step), content(step, 0), None)
+from tests.faults.saves import save
+from tests.ranks import ROOT, environment
 
 
 def after_crash(disk: Disk, kind: str, scratch: Path) -> int:
@@ -100,6 +86,22 @@ def test_the_same_step_again(folder: Path, tmp_path: Path) -> None:
 def write_without_sync(path: Path, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def test_processes_killed_while_they_save(tmp_path: Path) -> None:
+    """The same with SIGKILL at 40 random moments: what was said to be visible is, and all that is visible verifies."""
+    command = [sys.executable, "-m", "tests.faults.killed_saves", str(tmp_path), "0", "40"]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, timeout=120)
+    assert not done.returncode, done.stderr.decode()
+    lives = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lives) == 40
+    newest = 1
+    for life in lives:
+        steps = [step for step, why in life["visible"] if not why]
+        assert len(steps) == len(life["visible"]) in (1, 2, 3), life
+        assert newest == life["from"] <= life["told"] <= steps[0] <= life["told"] + 1, life
+        newest = steps[0]
+    assert newest > 20 and sum(life["torn"] for life in lives) > 10, "too few were killed in the middle of a save"
 
 
 MUTANTS: dict[str, Any] = {

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from millrace.engine.checkpoint.read import Checkpoint
+from tests.faults.conftest import Run
 
 GUARD = ("guard.window=4", "guard.skips=3", "checkpoint.keep=0", "checkpoint.every=3 steps")
 
@@ -18,11 +19,25 @@ def guard_state(checkpoint: Path) -> dict[str, Any]:
     return dict(Checkpoint(checkpoint).json("trainer")["guard"])
 
 
+ONE_RANKS_NAN = {"kind": "loss", "ranks": [1], "steps": [4, 5], "factor": "nan"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 def test_one_ranks_nan_is_skipped_by_all(runs: Any, stage: int) -> None:
-    faults = [{"kind": "loss", "ranks": [1], "steps": [4, 5], "factor": "nan"}]
-    run = runs("run", faults, "train.duration=8 steps", f"engine.zero_stage={stage}", *GUARD)
+    check_skipped(runs("run", [ONE_RANKS_NAN], "train.duration=8 steps", f"engine.zero_stage={stage}", *GUARD))
+
+
+@pytest.mark.slow
+def test_ranks_that_decide_alone_are_found(runs: Any) -> None:
+    """What the test above is worth: it fails where each rank judges its own loss."""
+    faults = [ONE_RANKS_NAN, {"kind": "alone", "steps": list(range(1, 9))}]
+    with pytest.raises(AssertionError):
+        check_skipped(runs("run", faults, "train.duration=8 steps", "engine.zero_stage=0", *GUARD))
+
+
+def check_skipped(run: Run) -> None:
+    """The steps 4 and 5 were not taken by any rank, and no checkpoint is poisoned."""
     assert run.codes == [0, 0], run.said
     assert [(r["step"], r["why"]) for r in run.events("skip")] == [(4, "loss is nan"), (5, "loss is nan")]
     steps = run.events("step")
@@ -45,6 +60,7 @@ def test_a_loss_a_hundred_times_too_large_is_not_taken(runs: Any) -> None:
     assert skip["step"] == 6 and "is more than 6 deviations" in skip["why"]
 
 
+@pytest.mark.slow
 def test_a_run_of_them_goes_back_to_a_checkpoint_and_steps_over_the_samples(runs: Any, scenarios: Any) -> None:
     faults = [{"kind": "loss", "ranks": [0], "steps": [8, 9, 10], "factor": "inf"}]
     run = runs("run", faults, "train.duration=14 steps", "engine.zero_stage=1", *GUARD, "guard.sigma=0")

@@ -41,6 +41,7 @@ def wait_for_step(run: Path, step: int, job: str, starts: int = 1) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_one_submission_runs_to_the_end_across_interruptions(cluster: Path, config_file: Path) -> None:  # noqa: F811
     run, folder = cluster, cluster.parent
@@ -63,6 +64,22 @@ def test_one_submission_runs_to_the_end_across_interruptions(cluster: Path, conf
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_a_job_that_is_preempted_repeats_nothing(cluster: Path, config_file: Path) -> None:  # noqa: F811
+    run = cluster
+    job = submit(config_file, run, "data.sequence_length=512")
+    wait_for_step(run, 7, job)
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--cpus-per-task=2", "--output=/dev/null"]
+    other = subprocess.run([*urgent, "--wrap=sleep 3"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    assert wait(other, 120) == ("COMPLETED", 0)
+    assert wait(job, 420) == ("COMPLETED", 0), job_log(run, job)
+    assert [record["step"] for record in events(run, "step")] == list(range(1, 41)), job_log(run, job)
+    (first, last), (begun, again) = events(run, "end"), events(run, "start")
+    assert (first["outcome"], last["outcome"]) == (75, 0) and "asked to stop by SIGTERM" in first["why"]
+    assert begun["resumed_from"] is None and again["resumed_from"] == first["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_rank_killed_in_a_job_is_started_again(cluster: Path, config_file: Path) -> None:  # noqa: F811
     import psutil
 
@@ -78,6 +95,23 @@ def test_a_rank_killed_in_a_job_is_started_again(cluster: Path, config_file: Pat
     assert wait(job, 420) == ("COMPLETED", 0), job_log(run, job)
     assert "is queued again" in job_log(run, job) and len(events(run, "start")) == 2
     assert {record["step"] for record in events(run, "step")} == set(range(1, 41))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_memory_limit_ends_the_job_with_93(cluster: Path, config_file: Path) -> None:  # noqa: F811
+    """A model of 26 GB where a process may have 16 GiB of addresses."""
+    run = cluster
+    large = (
+        "model.config.hidden_size=32768",
+        "model.config.intermediate_size=65536",
+        "slurm.setup=['ulimit -v 16777216']",
+    )
+    job = submit(config_file, run, *large)
+    assert wait(job, 600) == ("FAILED", 93), job_log(run, job)
+    log = " ".join(job_log(run, job).split())
+    assert log.count("is out of memory: ") >= 3 and "lower train.micro_batch" in log and "rank 0 on " in log
+    assert log.count("is queued again") == 2 and "3 starts on end made no checkpoint (newest: none)" in log
 
 
 @pytest.mark.slow

@@ -57,9 +57,13 @@ MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
 KillWait=5
+SlurmdTimeout=15
 SlurmdParameters=config_overrides
 {nodes}
-PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -161,6 +165,33 @@ def stop(directory: Path) -> None:
             _wait(partial(_none_alive, known), 5, "all processes ended")
 
 
+def lose(directory: Path, node: str) -> None:
+    """End the node's slurmd, and all that it started, by SIGKILL: what a power cut leaves."""
+    doomed = [pid for pid in _processes(directory.resolve()) if _is_of(pid, node)]
+    assert doomed, f"nothing runs on {node}"
+    for pid in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _is_of(pid: int, node: str) -> bool:
+    """A slurmd or slurmstepd holds its node's log open; what they start carries the node's name."""
+    with contextlib.suppress(OSError):
+        if f"SLURMD_NODENAME={node}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return True
+        return any(os.readlink(link).endswith(f"/slurmd-{node}.log") for link in Path(f"/proc/{pid}/fd").iterdir())
+    return False
+
+
+def revive(directory: Path, node: str, owner: int) -> None:
+    """Start a lost node's slurmd again."""
+    directory = directory.resolve()
+    environment = client_environment(directory)
+    marked = environment | {MARK: str(directory), OWNER: _identity(owner)}
+    _daemon(["slurmd", "-D", "-N", node, "-f", str(directory / "slurm.conf")], f"slurmd-{node}", directory, marked)
+    _wait(lambda: _node_states(environment) == ["idle"] * len(NODES), 60, "both nodes idle")
+
+
 def _config(directory: Path) -> str:
     host = socket.gethostname().split(".")[0]
     # CPUs=2 a node even on a smaller host (config_overrides allows it): the jobs are tiny.
@@ -211,7 +242,7 @@ def _daemon(command: list[str], name: str, directory: Path, environment: dict[st
 
 
 def _node_states(environment: dict[str, str]) -> list[str]:
-    return _run(["sinfo", "--noheader", "--Node", "--format=%T"], environment).split()
+    return _run(["sinfo", "--noheader", "--Node", "--partition=main", "--format=%T"], environment).split()
 
 
 def _run(command: list[str], environment: dict[str, str]) -> str:

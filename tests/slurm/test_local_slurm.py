@@ -115,11 +115,12 @@ def test_the_job_ends_with_the_runs_outcome(cluster: Path, outcome: str | None, 
     write = "" if outcome is None else f"printf '%s' '{outcome}' > \"$1/outcome.json\"; "
     fake = run.parent / "python"
     first = '[[ $SLURM_NODEID == 0 ]] || exit 0\nset -- "${@: -1}"\n'
-    fake.write_text(f"#!/bin/bash\n{first}{write}exit {own}\n")
+    fake.write_text(f"#!/bin/bash\n{first}{write}sleep 1; exit {own}\n")
     fake.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.executable", str(fake))
-        script = render(SlurmConfig(nodes=2, time="5", requeue=False), ["-m", "x", str(run)], run)
+        config = SlurmConfig(nodes=2, time="5", requeue=False, node_check=0)
+        script = render(config, ["-m", "x", str(run)], run)
     job = submit(script, run)
     assert job is not None
     state, code = wait(job, 60)

@@ -132,7 +132,7 @@ def ended(folder: Path, code: int, outcome: int | None, requeue: bool = True) ->
     (folder / "slurm").mkdir(exist_ok=True)
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
     environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
-    script = render(SlurmConfig(requeue=requeue), ["x.py"], folder)
+    script = render(SlurmConfig(requeue=requeue, node_check=0), ["x.py"], folder)
     done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
     assert not done.stderr, done.stderr
     return done.returncode, done.stdout
@@ -184,14 +184,45 @@ def test_without_requeue_the_job_ends_with_the_code(tmp_path: Path) -> None:
 def test_as_many_nodes_as_divide_the_batch(tmp_path: Path) -> None:
     elastic = SlurmConfig(nodes=2, max_nodes=6, processes_per_node=2)
     text = render(elastic, ["x.py"], tmp_path, shares=24)
-    assert "#SBATCH --nodes=2-6\n" in text and "for nodes in 6 4 3 2; do" in text
-    chosen = text[text.index("# Of the nodes") : text.index('echo "using')] + "echo $nodes"
-    for got, used in ((6, 6), (5, 4), (4, 4), (3, 3), (2, 2)):
-        shell = subprocess.run(["bash", "-c", chosen], env={"SLURM_JOB_NUM_NODES": str(got)}, capture_output=True)
-        assert int(shell.stdout) == used
+    assert "#SBATCH --nodes=2-6\n" in text and "for count in 6 4 3 2; do" in text
+    assert "#SBATCH --ntasks-per-node" not in text, (
+        "or Slurm gives the least of them, see tests/faults/test_node_loss.py"
+    )
+    chosen = text[text.index("# As many nodes") : text.index("if ((nodes)); then")] + "echo $nodes"
+    for got, used in ((6, 6), (5, 4), (4, 4), (3, 3), (2, 2), (1, 0), (0, 0)):
+        hosts = f"hosts=({' '.join(f'n{number}' for number in range(got))})\n"
+        assert int(subprocess.check_output(["bash", "-uc", hosts + chosen])) == used
     assert "#SBATCH --nodes=4-8\n" in render(SlurmConfig(nodes=3, max_nodes=9), ["x.py"], tmp_path, shares=16)
     with pytest.raises(UserError, match="gives 7 micro-batches, which 2 to 6 nodes with 2 processes each do not"):
         render(elastic, ["x.py"], tmp_path, shares=7)
+
+
+@pytest.mark.parametrize(("most", "takes"), [(2, "n1"), (0, None)])
+def test_a_bad_node_is_left_out(tmp_path: Path, most: int, takes: str | None) -> None:
+    """Of n1 and n2 the second is bad: the run takes the first, or, if it needs two, the job is queued without it."""
+    report = tmp_path / "slurm" / "check"
+    wrong = """echo '{"own": ["GPU 3 multiplies wrong"]}'"""
+    left = f"mkdir -p {report}; echo '{{}}' > {report}/n1.json; {wrong} > {report}/n2.json"
+    programs = {
+        "scontrol": f'echo "$@" >> {tmp_path}/told; [[ $2 == hostnames ]] && printf "n1\\nn2\\n";'
+        '[[ $3 == job ]] && echo "JobId=7 ExcNodeList=n9 NodeList="; true',
+        "srun": f'if [[ "$*" == *node_check* ]]; then {left}; else echo "$@" >> {tmp_path}/run; exit 1; fi',
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    config = SlurmConfig(nodes=1 if most else 2, max_nodes=most)
+    script = render(config, ["x.py"], tmp_path, shares=8)
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 75 and "node n2 is left out: GPU 3 multiplies wrong" in said
+    began = (tmp_path / "run").read_text() if (tmp_path / "run").exists() else ""
+    assert ("--nodelist=n1 " in began and "--num_machines 1 " in began) if takes else not began
+    assert ("too few good nodes: n1" in said) == (takes is None)
+    told = (tmp_path / "told").read_text()
+    assert "requeue 7\n" in told and told.endswith("update JobId=7 ExcNodeList=n9,n2\n")
 
 
 def test_accelerate_itself_reads_these_arguments() -> None:
