@@ -40,6 +40,12 @@ fi
 # Not left to Slurm's RequeueExit, which only an administrator can set.
 _REQUEUE = f"""\
 if [[ $code == {DONE} || $code == {STOP} ]]; then exit "$code"; fi
+# Slurm itself queues a job that lost a node; what is left of this script must not touch the next start.
+if [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") =~ \ Restarts=([0-9]+) ]] &&
+  ((BASH_REMATCH[1] != ${{SLURM_RESTART_COUNT:-0}})); then
+  echo "job $SLURM_JOB_ID ended with $code; Slurm has queued it again already"
+  exit {CONTINUE}
+fi
 # Start again, but not after three starts that made no checkpoint.
 newest=none
 for path in "$run"/checkpoints/step-*; do
@@ -170,7 +176,9 @@ def _check(config: SlurmConfig, run: RunDir) -> str:
     if not config.node_check:
         return "bad=\n"
     prefix, python = _container(config, run), shlex.quote("python" if config.container else sys.executable)
-    each = shlex.join(["--ntasks-per-node=1", f"--cpus-per-task={config.cpus}", "--export=ALL", *prefix])
+    # One node that hangs or is lost ends the look of no other.
+    alike = ["--no-kill", "--kill-on-bad-exit=0", "--ntasks-per-node=1", f"--cpus-per-task={config.cpus}"]
+    each = shlex.join([*alike, "--export=ALL", *prefix])
     alone = "srun --nodes=1 --ntasks=1 " + shlex.join(["--export=ALL", *prefix]) + " " if config.container else ""
     look = f"--gpus {config.gpus_per_node} --seconds {config.node_check}"
     return (

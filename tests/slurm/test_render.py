@@ -119,11 +119,12 @@ def test_the_users_accelerate_file_and_threads_win(tmp_path: Path) -> None:
     assert variables["OMP_NUM_THREADS"] == "3"
 
 
-def ended(folder: Path, code: int, outcome: int | None, requeue: bool = True) -> tuple[int, str]:
+def ended(folder: Path, code: int, outcome: int | None, requeue: bool = True, restarts: int = 0) -> tuple[int, str]:
     """(exit code, output) of a job whose srun ends with `code`, the run having left `outcome`."""
     leave = "" if outcome is None else f"echo '{{\"code\": {outcome}}}' > {folder}/outcome.json; "
     programs = {
-        "scontrol": f'[[ $1 == requeue ]] && echo "$2" >> {folder}/requeued; [[ $2 == hostnames ]] && echo n1; true',
+        "scontrol": f'[[ $1 == requeue ]] && echo "$2" >> {folder}/requeued; [[ $2 == hostnames ]] && echo n1;'
+        f'[[ $3 == job ]] && echo "JobId=7 Restarts={restarts} BatchFlag=1"; true',
         "srun": f"{leave}exit {code}",
     }
     for name, body in programs.items():
@@ -174,6 +175,14 @@ def test_three_starts_without_a_checkpoint_are_the_last(tmp_path: Path) -> None:
     assert (tmp_path / "requeued").read_text().split() == ["7"] * 6
     (tmp_path / "outcome.json").unlink()
     assert ended(tmp_path, 1, None)[0] == 75  # submitted by hand, it has three again
+
+
+def test_a_job_that_slurm_has_queued_again_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    code, said = ended(tmp_path, 137, None, restarts=2)
+    assert code == 75 and "Slurm has queued it again already" in said
+    assert not (tmp_path / "requeued").exists() and not (tmp_path / "slurm" / "starts").exists()
+    assert ended(tmp_path, 137, None, restarts=1)[0] == 75 and (tmp_path / "requeued").exists()
 
 
 def test_without_requeue_the_job_ends_with_the_code(tmp_path: Path) -> None:
