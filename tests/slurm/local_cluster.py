@@ -169,9 +169,10 @@ def lose(directory: Path, node: str) -> None:
     """End the node's slurmd, and all that it started, by SIGKILL: what a power cut leaves."""
     doomed = [pid for pid in _processes(directory.resolve()) if _is_of(pid, node)]
     assert doomed, f"nothing runs on {node}"
-    for pid in doomed:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, or one of them reports the end of another
+        for pid in doomed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def _is_of(pid: int, node: str) -> bool:
