@@ -48,7 +48,7 @@ def of_job(run: Path) -> list[psutil.Process]:
 def test_the_run_goes_on_without_the_node(cluster: Path, config_file: Path, lose: Any, node: str) -> None:  # noqa: F811
     run = cluster
     job = submit(config_file, run, *ELASTIC)
-    wait_for_step(run, 7, job)
+    wait_for_step(run, 12, job)  # the first checkpoint is visible
     lose(node)
     assert wait(job, 600) == ("COMPLETED", 0), job_log(run, job)
     first, second = events(run, "start")
@@ -60,7 +60,7 @@ def test_the_run_goes_on_without_the_node(cluster: Path, config_file: Path, lose
     assert sum(Counter(span for spans in last.values() for span in spans).values()) == sum(map(len, last.values()))
     (found,) = recoveries(read(run / "ledger.jsonl"))
     print(f"lost {node}: {found.again} steps again, {found.seconds}")
-    assert found.again <= EVERY + 2  # a save that was under way counts for nothing
+    assert found.again < 2 * EVERY  # a save that was under way counts for nothing
     paths = list_checkpoints(run / "checkpoints")
     assert paths and not any(map(verdict, paths))
     assert not of_job(run)
