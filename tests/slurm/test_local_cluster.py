@@ -71,7 +71,10 @@ def test_a_start_ends_what_a_killed_session_left_and_nothing_else(
         control("stop", fresh)
     assert cluster_processes(fresh) == set()
     shown = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--format=%N %T"], env=slurm_cluster, capture_output=True, text=True
+        ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T"],
+        env=slurm_cluster,
+        capture_output=True,
+        text=True,
     )
     assert shown.stdout.split("\n") == ["n1 idle", "n2 idle", ""]
 
