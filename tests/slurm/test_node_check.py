@@ -82,7 +82,8 @@ def test_gpus_that_are_not_there() -> None:
 
 
 LATE_CLOCK = "import sys, time; now = time.time; time.time = lambda: now() + 60\n"
-WRONG_SUM = "import sys\nfrom millrace.slurm import node_parts\nnode_parts.talk = lambda *a: 'a sum came out wrong'\n"
+WRONG_SUM = "import sys\nfrom millrace.slurm import node_parts\ntalk = node_parts.talk\n" \
+            "node_parts.talk = lambda *a: talk(*a) or 'a sum came out wrong'\n"  # fmt: skip
 MAIN = "from millrace.slurm.node_check import main; sys.exit(main(sys.argv[1:]))"
 HEALTHY = "import sys\n"
 STOPS = "import os, signal, sys\nfrom millrace.slurm import node_parts\n" \
