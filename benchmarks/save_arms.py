@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import worker_result
 
 LENGTH, VOCABULARY = 64, 8192
@@ -213,7 +214,7 @@ def _step(engine: Any) -> None:
     from millrace.data.batch import MicroBatch
 
     ids = torch.randint(0, VOCABULARY, (1, LENGTH))
-    batch = MicroBatch(ids, ids.clone(), torch.arange(LENGTH)[None], [[LENGTH]], [[(0, 0, LENGTH)]])
+    batch = MicroBatch(ids, ids.clone(), torch.arange(LENGTH)[None], [np.array([[0, 0, LENGTH]])])
     loss, _ = engine.forward(batch)
     engine.backward(loss, LENGTH * engine.world.size, last=True)
     engine.gradient_square()

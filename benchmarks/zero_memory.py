@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import numpy as np
 from common import fresh, worker_result
 
 from millrace.core.console import say, warn
@@ -120,7 +121,7 @@ def _batch() -> Any:
     from millrace.data.batch import MicroBatch
 
     ids = torch.randint(0, _VOCABULARY, (1, _LENGTH))
-    return MicroBatch(ids, ids.clone(), torch.arange(_LENGTH)[None], [[_LENGTH]], [[(0, 0, _LENGTH)]])
+    return MicroBatch(ids, ids.clone(), torch.arange(_LENGTH)[None], [np.array([[0, 0, _LENGTH]])])
 
 
 class _Memory:

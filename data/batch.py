@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,9 +42,18 @@ class MicroBatch:
     input_ids_BT: torch.Tensor  # int64
     labels_BT: torch.Tensor  # int64, -100 where there is no target
     position_ids_BT: torch.Tensor  # int64, 0 at the start of every span and of the padding
-    seq_lens: list[list[int]]  # lengths of the spans of each row; padding excluded
-    spans: list[list[Span]]
+    row_spans: list[np.ndarray]  # (sample, start, end) of the spans of each row, int64 (S, 3)
     media: list[Media] = field(default_factory=list)
+
+    @cached_property
+    def seq_lens(self) -> list[list[int]]:
+        """Lengths of the spans of each row; padding excluded."""
+        return [(spans[:, 2] - spans[:, 1]).tolist() for spans in self.row_spans]
+
+    @property
+    def spans(self) -> list[list[Span]]:
+        """The spans of each row."""
+        return [to_spans(spans) for spans in self.row_spans]
 
     @property
     def nbytes(self) -> int:
@@ -80,9 +90,14 @@ class StepBatch:
     micro_batches: list[Any]  # MicroBatch, or SampleBatch
     local_tokens: int  # targets on this rank, or good samples
     local_bytes: int  # of text that these targets stand for; a document that is cut shares them out by its spans
-    spans: list[Span]  # of the whole global step, in row order
+    step_spans: np.ndarray  # (sample, start, end) of the whole global step, in row order, int64 (S, 3)
     state: LoaderState
     quarantined: list[dict[str, Any]] = field(default_factory=list)  # {sample, shard, why}, this rank's
+
+    @property
+    def spans(self) -> list[Span]:
+        """The spans of the whole global step, in row order."""
+        return to_spans(self.step_spans)
 
     @property
     def nbytes(self) -> int:
@@ -90,8 +105,8 @@ class StepBatch:
         return sum(micro.nbytes for micro in self.micro_batches)
 
 
-def spans_sha(spans: Sequence[Span]) -> str:
-    """SHA-256 (hex) over the spans as little-endian int64 (sample, start, end)."""
+def spans_sha(spans: Sequence[Span] | np.ndarray) -> str:
+    """SHA-256 (hex) over spans (also as an array) as little-endian int64 (sample, start, end)."""
     return hashlib.sha256(np.array(spans, "<i8").reshape(-1, 3).tobytes()).hexdigest()
 
 

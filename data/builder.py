@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,15 +11,17 @@ import numpy as np
 
 from millrace.core.config import build, to_dict
 from millrace.core.errors import UserError
-from millrace.data.collate import pack_rows, stack_samples
+from millrace.data.collate import cut_rows, pack_rows, stack_samples
 from millrace.data.config import DataConfig
 from millrace.data.corpus import Corpus
 from millrace.data.documents import Documents
 from millrace.data.frames import Frame
 from millrace.data.mixture import Mixture, components, counts
 from millrace.data.state import SAMPLES, LoaderState, Stage
-from millrace.data.stream import Deal, Expecting, Planner, RowStream, Share, Unread, window_samples
+from millrace.data.stream import Deal, Expecting, Planner, RowStream, Share, Step, Unread, window_samples
 from millrace.data.tokenizer import Tokenizer, open_tokenizer
+
+_TOGETHER = 2**16  # positions: steps of a rank are built together up to so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,32 +112,49 @@ class Opened:
 
 
 class Builder:
-    """Builds steps one after the other."""
+    """Builds the steps of a share one after the other."""
 
     def __init__(self, stream: RowStream, documents: Documents, tokenizer: Tokenizer) -> None:
         self.documents, self._stream, self._tokenizer = documents, stream, tokenizer
 
-    def build(self, state: LoaderState) -> Frame:
-        """The step after `state`, as `batch.to_step_batch` reads it."""
-        step = self._stream.step(state)
-        rows = self._stream.my_rows(step)
-        mine = [row for part in rows for row in part]
-        if step.sequence_length == SAMPLES:
-            arrays = stack_samples(mine, self.documents)
-        else:
-            arrays = pack_rows(mine, self.documents, self._tokenizer.eos_id, step.sequence_length)
-        arrays["spans"] = np.concatenate(step.rows)[:, :3]
-        meta = {
-            "state": step.after.to_dict(),
-            "quarantined": self.documents.news(),
-            "micro_batch": len(rows[0]),
-            "eos_id": self._tokenizer.eos_id,
-        }
-        return Frame(meta, arrays)
+    def steps(self, state: LoaderState) -> Iterator[tuple[Frame, LoaderState]]:
+        """The steps after `state` that are the share's, without end, and the state after each.
 
-    def skip(self, state: LoaderState) -> LoaderState:
-        """Plan the step after `state`, which another worker builds; the state after it."""
-        return self._stream.step(state).after
+        Short steps of one window are built together, which costs little more than one of them. No step waits for
+        documents of a later window, nor for images and sounds of a later step.
+
+        Raises:
+            UserError: as `Documents.take`.
+        """
+        planned: list[Step] = []
+        while True:
+            if planned and not self._joins(planned, state):
+                yield from self._build(planned)
+                planned = []
+            step = self._stream.step(state)
+            if self._stream.share.mine(state.steps):
+                planned.append(step)
+            state = step.after
+
+    def _joins(self, planned: Sequence[Step], state: LoaderState) -> bool:
+        """Whether the step after `state` can be built together with those before."""
+        size = sum(len(step.rows) for step in planned) // self._stream.deal.world * planned[0].sequence_length
+        return size < _TOGETHER and not self.documents.media and self._stream.stays(state)
+
+    def _build(self, planned: Sequence[Step]) -> Iterator[tuple[Frame, LoaderState]]:
+        """Frames of steps of one length, as `collate.to_step_batch` reads them."""
+        parts = [[row for part in self._stream.my_rows(step) for row in part] for step in planned]
+        rows, length = list(itertools.chain.from_iterable(parts)), planned[0].sequence_length
+        if length == SAMPLES:
+            built = [stack_samples(part, self.documents) for part in parts]
+        else:
+            arrays = pack_rows(rows, self.documents, self._tokenizer.eos_id, length)
+            size = len(parts[0])
+            built = [cut_rows(arrays, at, at + size) for at in range(0, len(rows), size)]
+        meta = {"micro_batch": self._stream.deal.micro_batch, "eos_id": self._tokenizer.eos_id}
+        for step, found in zip(planned, built, strict=True):
+            found["spans"] = np.concatenate(step.rows)[:, :3]
+            yield Frame(meta | {"quarantined": self.documents.news()}, found), step.after
 
 
 def check_batch(batch_rows: int, micro_batch: int, world: int) -> None:

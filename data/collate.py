@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from millrace.data.batch import IGNORED, Media, MicroBatch, SampleBatch, StepBatch, to_spans
-from millrace.data.documents import Documents, Taken
+from millrace.data.batch import IGNORED, Media, MicroBatch, SampleBatch, StepBatch
+from millrace.data.documents import Documents
 from millrace.data.frames import Frame
+from millrace.data.parts import Medium
 from millrace.data.state import LoaderState
 
 if TYPE_CHECKING:
@@ -28,36 +30,104 @@ def pack_rows(rows: Sequence[np.ndarray], documents: Documents, eos_id: int, seq
         `offsets`: where each row's spans begin in them, int64 of shape (rows + 1,);
         `media_at`: (row, start, positions) of every medium, int64 of shape (M, 3), and each as `image/N` or `audio/N`.
     """
-    planned = np.concatenate(list(rows))
-    ends = np.concatenate([[0], np.cumsum(planned[:, 2] - planned[:, 1])])  # of spans, all rows end to end
-    offsets = np.cumsum([0, *(len(row) for row in rows)])
-    inputs, labels = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.int32)
-    arrays: Arrays = {"row_spans": planned[:, :3], "bytes": _covered(planned), "offsets": offsets}
-    media_at: list[tuple[int, int, int]] = []
+    planned, room = np.concatenate(rows), _Room.of(rows, sequence_length)
+    taken = _take(planned, documents, np.full(sequence_length, eos_id, np.int32))
+    arrays: Arrays = {"row_spans": planned[:, :3], "bytes": _covered(planned), "offsets": room.offsets}
+    inputs = _lay(taken.pieces, room, taken.padding)
+    labels = np.empty_like(inputs)
+    labels[:-1] = inputs[1:]
+    labels[room.starts + room.lengths - 1] = taken.following
+    for row, used in enumerate(room.used.tolist()):
+        labels[row * sequence_length + used : (row + 1) * sequence_length] = IGNORED
+    for span in taken.bad:
+        labels[room.starts[span] :][: room.lengths[span]] = IGNORED
+        arrays["bytes"][span] = 0
+    media_at = []
+    for number, (span, medium) in enumerate(taken.media):
+        row, start = divmod(int(room.starts[span]) + medium.start, sequence_length)
+        labels[row * sequence_length + start - 1 :][: medium.positions] = IGNORED  # nothing there to predict
+        arrays[f"{medium.role}/{number}"] = medium.value
+        media_at.append((row, start, medium.positions))
+    arrays["media_at"] = np.array(media_at, np.int64).reshape(-1, 3)
+    for name, flat in (("inputs", inputs), ("labels", labels), ("positions", room.positions())):
+        arrays[name] = flat.reshape(-1, sequence_length)
+    return arrays
+
+
+def cut_rows(arrays: Arrays, first: int, stop: int) -> Arrays:
+    """Rows [first, stop) of what `pack_rows` made; those that have media are not cut."""
+    if (first, stop) == (0, len(arrays["inputs"])):
+        return arrays
+    offsets = arrays["offsets"][first : stop + 1]
+    spans = slice(offsets[0], offsets[-1])
+    cut = {name: arrays[name][first:stop] for name in ("inputs", "labels", "positions")}
+    cut |= {name: arrays[name][spans] for name in ("row_spans", "bytes")}
+    return cut | {"offsets": offsets - offsets[0], "media_at": arrays["media_at"]}
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Where the spans of some rows lie when all rows, with their padding, are laid end to end."""
+
+    offsets: np.ndarray  # of each row's spans among all, (rows + 1,)
+    lengths: np.ndarray  # of the spans, (S,)
+    starts: np.ndarray  # of the spans, (S,)
+    used: np.ndarray  # positions of each row before its padding, (rows,)
+    length: int  # of a row
+
+    @classmethod
+    def of(cls, rows: Sequence[np.ndarray], length: int) -> _Room:
+        planned, counts = np.concatenate(rows), np.array([len(row) for row in rows])
+        offsets, lengths = np.concatenate([[0], counts.cumsum()]), planned[:, 2] - planned[:, 1]
+        ends = np.concatenate([[0], lengths.cumsum()])
+        used = ends[offsets[1:]] - ends[offsets[:-1]]
+        skipped = np.arange(len(rows)) * length - ends[offsets[:-1]]
+        return cls(offsets, lengths, ends[:-1] + skipped.repeat(counts), used, length)
+
+    def positions(self) -> np.ndarray:
+        """Positions that begin at 0 with every span and with the padding, int32 (rows * length,)."""
+        size = len(self.used) * self.length
+        padding = np.arange(len(self.used)) * self.length + self.used
+        borders = np.concatenate([self.starts, padding, [size]]).astype(np.int32)
+        borders.sort()
+        return np.arange(size, dtype=np.int32) - borders[:-1].repeat(borders[1:] - borders[:-1])
+
+
+@dataclass
+class _Pieces:
+    """Tokens of spans, (length,) each, and the token behind each; padding for those of `bad` documents."""
+
+    pieces: list[np.ndarray]
+    following: np.ndarray
+    padding: np.ndarray
+    bad: list[int]
+    media: list[tuple[int, Medium]]
+
+
+def _take(planned: np.ndarray, documents: Documents, padding: np.ndarray) -> _Pieces:
+    found = _Pieces([], np.empty(len(planned), np.int32), padding, [], [])
     for first, stop in _windows(planned):
-        spans, at = planned[first:stop], ends[first : stop + 1]
+        spans = planned[first:stop]
         taken = documents.take(int(spans[0, 5]), spans[:, 0], spans[:, 3])
-        here = slice(at[0], at[-1])
-        _copy(taken, spans, at - at[0], inputs[here], labels[here])
-        for number in np.flatnonzero(~taken.good).tolist():
-            inputs[at[number] : at[number + 1]], labels[at[number] : at[number + 1]] = eos_id, IGNORED
-            arrays["bytes"][first + number] = 0
+        begins, ends = taken.starts + spans[:, 1], taken.starts + spans[:, 2]
+        found.pieces += [taken.tokens[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
+        found.following[first:stop] = taken.tokens.take(ends, mode="clip") if len(taken.tokens) else 0
+        for number in () if taken.good.all() else np.flatnonzero(~taken.good).tolist():
+            found.bad.append(first + number)
+            found.pieces[first + number] = padding[: spans[number, 2] - spans[number, 1]]
         for number, media in taken.media.items():
             assert spans[number, 1] == 0, "a sample with media is never cut"
-            row = int(np.searchsorted(offsets, first + number, side="right")) - 1
-            for medium in media if taken.good[number] else ():
-                begin = int(at[number]) + medium.start
-                labels[begin - 1 :][: medium.positions] = IGNORED  # nothing there to predict
-                arrays[f"{medium.role}/{len(media_at)}"] = medium.value
-                media_at.append((row, begin - int(ends[offsets[row]]), medium.positions))
-    arrays["media_at"] = np.array(media_at, np.int64).reshape(-1, 3)
-    within = np.arange(ends[-1]) - ends[:-1].repeat(np.diff(ends))
-    room = np.arange(sequence_length, dtype=np.int32) - np.diff(ends[offsets])[:, None]  # positions of the padding
-    for name, values, fill in (("inputs", inputs, eos_id), ("labels", labels, IGNORED), ("positions", within, room)):
-        arrays[name] = np.empty(room.shape, np.int32)
-        arrays[name][:] = fill
-        arrays[name][room < 0] = values
-    return arrays
+            found.media += [(first + number, medium) for medium in media if taken.good[number]]
+    return found
+
+
+def _lay(pieces: Sequence[np.ndarray], room: _Room, padding: np.ndarray) -> np.ndarray:
+    """Tokens of all rows with their padding, int32 (rows * length,)."""
+    laid: list[np.ndarray] = []
+    for (first, stop), used in zip(itertools.pairwise(room.offsets.tolist()), room.used.tolist(), strict=True):
+        laid += pieces[first:stop]
+        laid.append(padding[used:])
+    return np.concatenate(laid)
 
 
 def _covered(planned: np.ndarray) -> np.ndarray:
@@ -68,17 +138,9 @@ def _covered(planned: np.ndarray) -> np.ndarray:
 
 def _windows(planned: np.ndarray) -> Iterator[tuple[int, int]]:
     """Runs [first, stop) of spans of one window."""
-    borders = np.flatnonzero(np.diff(planned[:, 5])) + 1
+    windows = planned[:, 5]
+    borders = (windows[1:] != windows[:-1]).nonzero()[0] + 1
     return itertools.pairwise([0, *borders.tolist(), len(planned)] if len(planned) else [])
-
-
-def _copy(taken: Taken, spans: np.ndarray, ends: np.ndarray, inputs: np.ndarray, labels: np.ndarray) -> None:
-    """Tokens of spans, end to end up to `ends`, and those that follow each; anything where a document is not good."""
-    begins = taken.starts + spans[:, 1]
-    at = np.arange(ends[-1]) + (begins - ends[:-1]).repeat(np.diff(ends))
-    np.take(taken.tokens, at, mode="clip", out=inputs)
-    labels[:-1] = inputs[1:]
-    labels[ends[1:] - 1] = np.take(taken.tokens, taken.starts + spans[:, 2], mode="clip")
 
 
 def stack_samples(rows: Sequence[np.ndarray], documents: Documents) -> Arrays:
@@ -107,14 +169,13 @@ def to_micro_batch(arrays: Mapping[str, np.ndarray], first: int = 0, stop: int |
     inputs, labels, positions = (
         _pinned(torch.from_numpy(arrays[name][first:stop]).long()) for name in ("inputs", "labels", "positions")
     )
-    lengths = [(row[:, 2] - row[:, 1]).tolist() for row in rows]
     media = [
         Media(role, row - first, start, count, _pinned(torch.from_numpy(arrays[f"{role}/{number}"])))
         for number, (row, start, count) in enumerate(arrays["media_at"].tolist())
         for role in ("image", "audio")
         if first <= row < stop and f"{role}/{number}" in arrays
     ]
-    return MicroBatch(inputs, labels, positions, lengths, [to_spans(row) for row in rows], media)
+    return MicroBatch(inputs, labels, positions, rows, media)
 
 
 def to_sample_batch(arrays: Mapping[str, np.ndarray], first: int, stop: int, eos_id: int) -> SampleBatch:
@@ -155,8 +216,8 @@ def _images(rows: list[np.ndarray]) -> Any:
     return [_pinned(torch.from_numpy(row)) for row in rows]
 
 
-def to_step_batch(frame: Frame) -> StepBatch:
-    """Tensors of a frame that `Builder.build` made."""
+def to_step_batch(frame: Frame, state: LoaderState) -> StepBatch:
+    """Tensors of a frame that `Builder.build` made, and the state after it."""
     arrays, micro, eos_id = frame.arrays, int(frame.meta["micro_batch"]), int(frame.meta["eos_id"])
     packed = "inputs" in arrays
     count = len(arrays["inputs" if packed else "samples"])
@@ -165,9 +226,9 @@ def to_step_batch(frame: Frame) -> StepBatch:
             to_micro_batch(arrays, at, at + micro) if packed else to_sample_batch(arrays, at, at + micro, eos_id)
             for at in range(0, count, micro)
         ],
-        local_tokens=int((arrays["labels"] != IGNORED).sum() if packed else arrays["good"].sum()),
+        local_tokens=int(np.count_nonzero(arrays["labels"] != IGNORED if packed else arrays["good"])),
         local_bytes=int(arrays["bytes"].sum()) if packed else 0,
-        spans=to_spans(arrays["spans"]),
-        state=LoaderState.from_dict(frame.meta["state"]),
+        step_spans=arrays["spans"],
+        state=state,
         quarantined=frame.meta["quarantined"],
     )

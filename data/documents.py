@@ -6,39 +6,37 @@ Nothing here depends on how many ranks there are: a rank asks for the documents 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from millrace.core.errors import UserError
 from millrace.data.corpus import Corpus
 from millrace.data.costs import Costs
-from millrace.data.parts import Encoded, Medium, Part, build_part, join_parts
+from millrace.data.parts import Encoded, Medium, Part, build_part, join_parts, tokens_part
 from millrace.data.readahead import read_ahead
 from millrace.data.reader import ShardReader
 from millrace.data.tokenizer import Tokenizer
 
-_READ_TOGETHER = 256  # samples that a thread reads at a time
+_READ_TOGETHER = 1024  # samples that all threads read at a time
 _TURNS = 4  # of each thread in decoding a batch: few, for waking a thread costs as much as a small image
 
 
 class _Shelf:
     """Samples that were announced for a window, and how often they will still be taken."""
 
-    def __init__(self, samples: np.ndarray, uses: int, reading: list[Future[Part]]) -> None:
+    def __init__(self, samples: np.ndarray, uses: int, reading: Iterator[Part]) -> None:
         """`samples`: unique, ascending; `reading`: parts of them, in their order."""
         self.samples, self.uses = samples, uses
-        self._reading: list[Future[Part]] = reading
-        self._part: Part | None = None
+        self._reading = reading
 
+    @cached_property
     def part(self) -> Part:
-        """Wait for all of it; raises what a thread raised."""
-        if self._part is None:
-            self._part = join_parts([reading.result() for reading in self._reading])
-            self._reading = []
-        return self._part
+        """All of it; waits, and raises what reading raised."""
+        return join_parts(list(self._reading))
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,8 @@ class Documents:
         self.reader = ShardReader(corpus)
         self.read_ahead = read_ahead(self.reader)
         self._threads, self._pool = threads, ThreadPoolExecutor(threads, thread_name_prefix="millrace-read")
+        # A single thread would only be waited for, and waking it costs: then the one that asks does it all.
+        self._map = self._pool.map if threads > 1 else map
         self._corpus, self._tokenizer = corpus, tokenizer
         self._costs = Costs.stored(corpus.costs) if packed else None
         self._budget = bad_budget(corpus, max_bad)
@@ -78,16 +78,24 @@ class Documents:
         self._refused: dict[int, str] = {}
         self._news: list[dict[str, object]] = []
 
+    @property
+    def media(self) -> bool:
+        """Whether documents have images or sounds."""
+        return self._corpus.media
+
     def expect(self, window: int, samples: np.ndarray) -> None:
         """Announce that each of `samples` (with repetitions) will be taken once for `window`; begin to read them."""
         if not len(samples):
             return
         unique = np.unique(samples)
-        parts = np.split(unique, range(_READ_TOGETHER, len(unique), _READ_TOGETHER))
-        reading = [self._pool.submit(self._read, part) for part in parts]
-        self._shelves[window] = _Shelf(unique, len(samples), reading)
+        together = -(-_READ_TOGETHER // self._threads)
+        parts = np.split(unique, range(together, len(unique), together))
+        self._shelves[window] = _Shelf(unique, len(samples), self._map(self._read, parts))
 
     def _read(self, samples: np.ndarray) -> Part:
+        tokens = self.reader.tokens(samples)
+        if tokens is not None and (part := tokens_part(tokens, self._tokenizer)):
+            return part
         return build_part(self.reader.read(samples), self._tokenizer, self._costs)
 
     def take(self, window: int, samples: np.ndarray, costs: np.ndarray | None) -> Taken:
@@ -99,13 +107,14 @@ class Documents:
             UserError: more bad samples than the budget allows.
         """
         shelf = self._shelves[window]
-        part, places = shelf.part(), np.searchsorted(shelf.samples, samples)
-        starts, lengths = part.offsets[places], np.diff(part.offsets)[places]
+        part, places = shelf.part, np.searchsorted(shelf.samples, samples)
+        starts = part.offsets[places]
+        lengths = part.offsets[places + 1] - starts
         good = (lengths > 0) if costs is None else (lengths - 1 == costs)
         media, broken = self._decode(part, places) if part.media else ({}, {})
         if unfit := self._bad.keys() | self._refused.keys() | {int(shelf.samples[place]) for place in broken}:
             good &= [sample not in unfit for sample in samples.tolist()]
-        for number in np.flatnonzero(~good).tolist():
+        for number in () if good.all() else np.flatnonzero(~good).tolist():
             sample, place = int(samples[number]), int(places[number])
             why = self._refused.get(sample) or part.bad.get(place) or broken.get(place)
             planned = None if costs is None else costs[number]
@@ -121,7 +130,7 @@ class Documents:
         encoded = {place: part.media[place] for place in places.tolist() if place in part.media}
         samples, together = list(encoded.values()), -(-len(encoded) // (_TURNS * self._threads)) or 1
         runs = [samples[at : at + together] for at in range(0, len(samples), together)]
-        decoded = dict(zip(encoded, itertools.chain.from_iterable(self._pool.map(_decode, runs)), strict=True))
+        decoded = dict(zip(encoded, itertools.chain.from_iterable(self._map(_decode, runs)), strict=True))
         media = {place: one for place, one in decoded.items() if not isinstance(one, str)}
         return media, {place: one for place, one in decoded.items() if isinstance(one, str)}
 

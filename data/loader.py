@@ -103,7 +103,7 @@ class Loader:
 
 
 def _batch(maker: _Inline | Workers) -> StepBatch:
-    return to_step_batch(maker.next())
+    return to_step_batch(*maker.next())
 
 
 def _end(maker: _Inline | Workers, prefetcher: Prefetcher[StepBatch] | None) -> None:
@@ -120,12 +120,10 @@ class _Inline:
 
     def __init__(self, builder: Builder, state: LoaderState) -> None:
         keep_freed_memory()
-        self._builder, self._state = builder, state
+        self._builder, self._steps = builder, builder.steps(state)
 
-    def next(self) -> Frame:
-        frame = self._builder.build(self._state)
-        self._state = LoaderState.from_dict(frame.meta["state"])
-        return frame
+    def next(self) -> tuple[Frame, LoaderState]:
+        return next(self._steps)
 
     def stalls(self) -> list[str]:
         return stalls()

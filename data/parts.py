@@ -58,6 +58,8 @@ class Part:
 
 def join_parts(parts: Sequence[Part]) -> Part:
     """One part of the documents of all."""
+    if len(parts) == 1:
+        return parts[0]
     joined = Part(np.concatenate([part.tokens for part in parts]), np.zeros(1, np.int64))
     for part in parts:
         first = len(joined.offsets) - 1
@@ -99,6 +101,24 @@ def build_part(contents: Sequence[Content], tokenizer: Tokenizer, costs: Costs |
         for number in part.media:
             is_text[part.offsets[number] :][: heads[number]] = False
         part.tokens[is_text] = np.concatenate(list(texts.values()))
+    return part
+
+
+def tokens_part(tokens: Sequence[np.ndarray], tokenizer: Tokenizer) -> Part | None:
+    """As `build_part` of records that hold `tokens` alone; None where one has borders or ids that are not known."""
+    joined, lengths = np.concatenate(tokens), np.fromiter(map(len, tokens), np.int64, len(tokens))
+    ends = lengths.cumsum()
+    starts, stops = (ends - lengths)[lengths > 0], ends[lengths > 0]
+    if (joined[starts] == tokenizer.bos_id).any() or (joined[stops - 1] == tokenizer.eos_id).any():
+        return None
+    if len(joined) and not (joined.min() >= 0 and joined.max() < tokenizer.vocab_size):
+        return None
+    part = Part(np.full(len(joined) + 2 * len(tokens), tokenizer.eos_id, np.int32), np.zeros(len(tokens) + 1, np.int64))
+    part.offsets[1:] = ends + 2 * np.arange(1, len(tokens) + 1)
+    is_text = np.ones(len(part.tokens), bool)
+    is_text[part.offsets[:-1]] = is_text[part.offsets[1:] - 1] = False
+    part.tokens[is_text] = joined
+    part.tokens[part.offsets[:-1]] = tokenizer.bos_id
     return part
 
 

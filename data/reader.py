@@ -5,11 +5,13 @@ Nothing here depends on how many ranks there are: a rank asks for the documents 
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
+import xxhash
 
 from millrace.core.errors import UserError
 from millrace.core.registry import lookup
@@ -59,6 +61,33 @@ class ShardReader:
             contents += found
         return contents
 
+    def tokens(self, samples: np.ndarray) -> list[np.ndarray] | None:
+        """Token ids of `samples` (unique, ascending) where they hold nothing else and are all what was prepared.
+
+        None otherwise: `read` then says which are bad, and why.
+
+        Raises:
+            UserError: as `read`.
+        """
+        at, extent, checks = self.corpus.lookup(samples, ("at", "extent", "check"))
+        places, shards = np.stack([at, extent], axis=1), self.corpus.shard_of(samples)
+        found: list[np.ndarray] = []
+        for part in np.split(np.arange(len(samples)), np.flatnonzero(np.diff(shards)) + 1):
+            number = int(shards[part[0]])
+            if {*self.corpus.shard(number)[0].columns} - {"bytes"} != {"tokens"}:
+                return None
+            with self._named(number):
+                source, blob = self.opened(number)
+                try:
+                    tokens = source.tokens(blob, places[part])
+                except UserError:
+                    return None
+            if tokens is None:
+                return None
+            found += tokens
+        digests = np.fromiter(map(xxhash.xxh3_64_intdigest, found), np.uint64, len(found))
+        return found if np.array_equal((digests - np.uint64(2**63)).view(np.int64), checks) else None
+
     def opened(self, number: int) -> tuple[Source, Blob]:
         """What reads shard `number`, and the shard, opened.
 
@@ -71,9 +100,15 @@ class ShardReader:
 
     def _read(self, number: int, entries: Entries, here: np.ndarray) -> list[Content]:
         places = list(zip(entries.at[here].tolist(), entries.extent[here].tolist(), strict=True))
+        with self._named(number):
+            return _contents(*self.opened(number), places)
+
+    @contextlib.contextmanager
+    def _named(self, number: int) -> Iterator[None]:
+        """What the store cannot read becomes an error that names the manifest of shard `number`."""
         manifest, _ = self.corpus.shard(number)
         try:
-            return _contents(*self.opened(number), places)
+            yield
         except StoreError as error:
             raise UserError(
                 f"cannot read a shard of the manifest {manifest.folder}: {error}; put it back or wait for the store, "

@@ -60,10 +60,10 @@ def packing(opened: Opened) -> Packing:
         window = stream.planner.window(opened.state.stages, number)
         spans = window.packs.spans
         rows += len(window.packs)
+        documents += int(spans[:, 0].max()) + 1
         if opened.corpus.media:  # the places of those that are too long stay empty
-            costs = opened.corpus.lookup(window.documents[:, 0], ("tokens",))[0]
-            spans = spans[costs[spans[:, 0]] <= length]
+            costs = opened.corpus.lookup(window.spans[:, 0], ("tokens",))[0]
+            spans = spans[costs <= length]
         used += int((spans[:, 2] - spans[:, 1]).sum())
         cut += int((np.bincount(spans[:, 0]) > 1).sum())
-        documents += len(window.documents)
     return Packing(_WINDOWS, rows, used / max(rows * length, 1), cut / max(documents, 1))

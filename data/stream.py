@@ -59,27 +59,28 @@ class Unread:
 
 @dataclass(frozen=True)
 class Window:
-    """A planned window: its documents' (sample, cost, bytes, window), int64 of shape (W, 4), and their packs."""
+    """A planned window: its planned spans, row after row, and its packs."""
 
-    documents: np.ndarray
+    spans: np.ndarray
     packs: Packs
+    cost: int  # of all documents
 
     @classmethod
     def of(cls, number: int, samples: np.ndarray, costs: np.ndarray, sizes: np.ndarray, packs: Packs) -> Window:
         """Window `number` of samples and their costs and bytes."""
-        return cls(np.stack([samples, costs, sizes, np.full_like(samples, number)], axis=1), packs)
+        slots, starts, ends = packs.spans.T
+        spans = np.empty((len(slots), 6), np.int64)
+        for column, values in enumerate((samples[slots], starts, ends, costs[slots], sizes[slots], number)):
+            spans[:, column] = values
+        return cls(spans, packs, int(costs.sum()))
 
     def rows(self, start: int, stop: int) -> list[np.ndarray]:
         """Planned spans of rows [start, stop)."""
-        begin, offsets = self.packs.offsets[start], self.packs.offsets[start : stop + 1]
-        spans = self.packs.spans[begin : offsets[-1]]
-        documents = self.documents[spans[:, 0]]
-        planned = np.concatenate([documents[:, :1], spans[:, 1:], documents[:, 1:]], axis=1)
-        return [planned[a:b] for a, b in itertools.pairwise((offsets - begin).tolist())]
+        return [self.spans[a:b] for a, b in itertools.pairwise(self.packs.offsets[start : stop + 1].tolist())]
 
     def samples(self, rows: np.ndarray) -> np.ndarray:
         """Samples of the spans of some rows; `rows`: whether each is one of them."""
-        return self.documents[self.packs.spans[rows.repeat(np.diff(self.packs.offsets)), 0], 0]
+        return self.spans[rows.repeat(np.diff(self.packs.offsets)), 0]
 
 
 class Planner:
@@ -199,7 +200,7 @@ class RowStream:
         self, planner: Planner, documents: Expecting, deal: Deal, wanted: Wanted, share: Share | None = None
     ) -> None:
         self.planner, self._documents, self.deal, self._wanted = planner, documents, deal, wanted
-        self._share = share or Share()
+        self.share = share or Share()
         self._announced = self._fetched = -1  # windows
         self._follow: tuple[Window, LoaderState, int] | None = None
 
@@ -209,7 +210,7 @@ class RowStream:
             self._ahead(*self._follow)
         rows: list[np.ndarray] = []
         now = self._at_border(state, state.steps) if state.packs_done == 0 else state
-        first, ended = now.stages[-1], False
+        first, ended, done = now.stages[-1], False, now.packs_done
         while len(rows) < first.batch:
             stage = now.stages[-1]
             if (stage.batch, stage.sequence_length) != (first.batch, first.sequence_length):
@@ -218,17 +219,21 @@ class RowStream:
             if not len(plan.packs):
                 ended = True
                 break
-            self._announce(plan, replace(now, steps=state.steps), len(rows))
-            stop = min(len(plan.packs), now.packs_done + first.batch - len(rows))
-            rows += plan.rows(now.packs_done, stop)
-            now = replace(now, packs_done=stop)
-            if stop == len(plan.packs):
-                costs = int(plan.documents[:, 1].sum())
-                now = replace(now, window=now.window + 1, packs_done=0, tokens=now.tokens + costs)
+            self._announce(plan, now, done, len(rows))
+            begin, done = done, min(len(plan.packs), done + first.batch - len(rows))
+            rows += plan.rows(begin, done)
+            if done == len(plan.packs):
+                done = 0
+                now = replace(now, window=now.window + 1, packs_done=0, tokens=now.tokens + plan.cost)
                 if len(rows) < first.batch:
                     now = self._at_border(now, state.steps)
         padded = rows + [NO_SPANS] * (first.batch - len(rows))
-        return Step(padded, first.sequence_length, replace(now, steps=state.steps + 1), ended)
+        return Step(padded, first.sequence_length, replace(now, packs_done=done, steps=state.steps + 1), ended)
+
+    def stays(self, state: LoaderState) -> bool:
+        """Whether the step after `state` takes rows of the window alone in which `state` stands."""
+        stop = state.packs_done + state.stages[-1].batch
+        return 0 < state.packs_done and stop <= len(self.planner.window(state.stages, state.window).packs)
 
     def _at_border(self, state: LoaderState, steps: int) -> LoaderState:
         """Begin a new stage at this window where the configuration asks for another than the last."""
@@ -239,11 +244,12 @@ class RowStream:
         begun = state.stages[:-1] if last.start_window == state.window else state.stages  # a stage without windows
         return replace(state, stages=(*begun, wanted))
 
-    def _announce(self, plan: Window, now: LoaderState, filled: int) -> None:
+    def _announce(self, plan: Window, now: LoaderState, done: int, filled: int) -> None:
+        """Tell of rows [done, …) of `plan`, the window of `now`; `filled` rows of the step precede them."""
         if now.window <= self._announced:
             return
-        self._announced, self._follow = now.window, (plan, now, filled)
-        mine = self._mine(plan, now.packs_done, now, filled)
+        self._announced, self._follow = now.window, (plan, replace(now, packs_done=done), filled)
+        mine = self._mine(plan, done, now, filled)
         self._fetch(now.window, mine)
         self._documents.expect(now.window, mine)
 
@@ -251,7 +257,7 @@ class RowStream:
         """This rank's samples in rows [first, …) of `plan`; the first is row `position` of the step after `now`."""
         steps, positions = np.divmod(position + np.arange(len(plan.packs) - first), now.stages[-1].batch)
         mine = np.zeros(len(plan.packs), bool)
-        mine[first:] = self.deal.mine(positions) & self._share.mine(now.steps + steps)
+        mine[first:] = self.deal.mine(positions) & self.share.mine(now.steps + steps)
         return plan.samples(mine)
 
     def _ahead(self, plan: Window, now: LoaderState, position: int) -> None:
@@ -263,7 +269,7 @@ class RowStream:
         if not (reading := self._documents.read_ahead) or not self.planner.ahead:
             return
         position += len(plan.packs) - now.packs_done
-        far, blocks = _AHEAD_STEPS * self._share.stride * now.stages[-1].batch, now.stages[-1].shuffle_blocks
+        far, blocks = _AHEAD_STEPS * self.share.stride * now.stages[-1].batch, now.stages[-1].shuffle_blocks
         for number in range(now.window + 1, now.window + _AHEAD):
             plan = self.planner.window(now.stages, number)
             mine = self._mine(plan, 0, now, position)

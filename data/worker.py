@@ -48,14 +48,10 @@ def _work(start: dict[str, Any], out: BinaryIO) -> None:
     threading.Thread(target=_listen, args=(builder,), name="millrace-listen", daemon=True).start()
     writing = threading.Lock()
     threading.Thread(target=_report, args=(out, writing), name="millrace-report", daemon=True).start()
-    while True:
-        if share.mine(state.steps):
-            frame = builder.build(state)
-            with writing:
-                write_frame(out, frame)
-            state = LoaderState.from_dict(frame.meta["state"])
-        else:
-            state = builder.skip(state)
+    for frame, after in builder.steps(state):
+        frame.meta["state"] = after.to_dict()
+        with writing:
+            write_frame(out, frame)
 
 
 def _report(out: BinaryIO, writing: threading.Lock) -> None:

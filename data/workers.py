@@ -59,8 +59,8 @@ class Workers:
             process.stdin.write(json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
             process.stdin.flush()  # type: ignore[union-attr]
 
-    def next(self) -> Frame:
-        """The next step.
+    def next(self) -> tuple[Frame, LoaderState]:
+        """The next step, and the state after it.
 
         Raises:
             StopIteration: another thread closed this meanwhile.
@@ -82,12 +82,12 @@ class Workers:
                 self._restart(process, deaths)
         raise StopIteration
 
-    def _take(self, frame: Frame) -> Frame:
+    def _take(self, frame: Frame) -> tuple[Frame, LoaderState]:
         if "error" in frame.meta:
             raise UserError(frame.meta["error"])
         self._state, self._stalls = LoaderState.from_dict(frame.meta["state"]), []
         self._number += 1
-        return frame
+        return frame, self._state
 
     def _restart(self, process: subprocess.Popen[bytes], deaths: int) -> None:
         code = process.wait()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from millrace.core.errors import UserError
-from millrace.data.batch import IGNORED, MicroBatch, StepBatch, to_spans
+from millrace.data.batch import IGNORED, MicroBatch, StepBatch
 from millrace.data.loader import check_batch
 from millrace.data.order import Blocks, Growth, Order, derive_key
 from millrace.data.packing import Packs, pack
@@ -121,7 +121,7 @@ class ExampleLoader:
             micro_batches=micro,
             local_tokens=sum(int((m.labels_BT != IGNORED).sum()) for m in micro),
             local_bytes=sum(int(row[:, 4].sum()) for rows in mine for row in rows),
-            spans=to_spans(np.concatenate(step.rows)),
+            step_spans=np.concatenate(step.rows)[:, :3],
             state=self.state,
         )
 
@@ -187,8 +187,7 @@ def collate(rows: Sequence[np.ndarray], examples: Sequence[Example], layout: Lay
         torch.from_numpy(inputs),
         torch.from_numpy(labels),
         torch.from_numpy(positions),
-        [(row[:, 2] - row[:, 1]).tolist() for row in rows],
-        [to_spans(row) for row in rows],
+        [row[:, :3] for row in rows],
     )
 
 

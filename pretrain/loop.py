@@ -186,7 +186,7 @@ def _rates(parts: Parts, tokens: float, seconds: float) -> dict[str, float]:
 
 
 def _data(batch: Any) -> dict[str, Any]:
-    return {"to": [batch.state.window, batch.state.packs_done], "sha": spans_sha(batch.spans)}
+    return {"to": [batch.state.window, batch.state.packs_done], "sha": spans_sha(batch.step_spans)}
 
 
 def _quarantine(parts: Parts, point: Point, found: list[dict[str, Any]]) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 
+import numpy as np
 import pyarrow as pa
 
 from millrace.core.errors import UserError
 from millrace.data.sources.base import BadSample, Content, Place, Sample, Source
-from millrace.data.sources.columnar import Rows, wanted_columns
+from millrace.data.sources.columnar import Rows, tokens_of, wanted_columns
 from millrace.data.sources.ipc import Head, Message, next_message, read_batch, read_head
 from millrace.data.sources.recent import Recent
 from millrace.data.stores.base import Blob
@@ -41,18 +42,24 @@ class ArrowSource(Source):
 
     def read(self, blob: Blob, places: Sequence[Place]) -> list[Content]:
         """Decode each batch once; the most recent ones stay in a bounded cache. All rows of a damaged one are bad."""
-        wanted = [name for role, name in self.columns.items() if role != "bytes"]
         contents: list[Content] = []
         for at, group in groupby(places, key=lambda place: place[0]):
             members = list(group)
             try:
-                rows, _ = self._batches.get((blob.url, at), partial(self._at, blob, at, wanted))
-                contents += rows.records([place[1] for place in members], partial(_in_batch, at))
+                contents += self._kept(blob, at).records([place[1] for place in members], partial(_in_batch, at))
             except UserError as error:
                 contents += [BadSample(str(error)) for _ in members]
         return contents
 
-    def _at(self, blob: Blob, at: int, wanted: Sequence[str]) -> tuple[Rows, int]:
+    def tokens(self, blob: Blob, places: np.ndarray) -> list[np.ndarray] | None:
+        """As `Source.tokens`."""
+        return tokens_of(partial(self._kept, blob), places)
+
+    def _kept(self, blob: Blob, at: int) -> Rows:
+        return self._batches.get((blob.url, at), partial(self._at, blob, at))[0]
+
+    def _at(self, blob: Blob, at: int) -> tuple[Rows, int]:
+        wanted = [name for role, name in self.columns.items() if role != "bytes"]
         message = next_message(blob, at)
         if message is None:
             raise UserError(f"{blob.url} has no batch at byte {at}: it is not what was indexed")

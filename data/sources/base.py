@@ -69,6 +69,17 @@ class Source(ABC):
             StoreError: as `Blob.read`.
         """
 
+    def tokens(self, blob: Blob, places: np.ndarray) -> list[np.ndarray] | None:
+        """Token ids at `places`, int64 of shape (n, 2), where `read` would give nothing else and none is bad.
+
+        So that short documents need not become records one by one; None by default, and then `read` is asked.
+
+        Raises:
+            UserError: a damaged shard, of which `read` says more.
+            StoreError: as `Blob.read`.
+        """
+        return None
+
     def ranges(self, blob: Blob, places: np.ndarray) -> np.ndarray:
         """(offset, length) in `blob`, int64 of shape (n, 2), of what reading `places` (of the same shape) takes.
 

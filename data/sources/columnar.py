@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -24,6 +25,19 @@ def wanted_columns(wanted: Sequence[str], names: Sequence[str], url: str) -> lis
             hint = did_you_mean(name, names) or f"; its columns are: {', '.join(names)}"
             raise UserError(f"{url} has no column '{name}'{hint}")
     return list(wanted)
+
+
+def tokens_of(rows: Callable[[int], Rows], places: np.ndarray) -> list[np.ndarray] | None:
+    """As `Source.tokens`: `rows` gives those of a block, the first number of a place; the second is the row in it."""
+    found: list[np.ndarray] = []
+    blocks = places[:, 0]
+    borders = (blocks[1:] != blocks[:-1]).nonzero()[0] + 1
+    for start, stop in itertools.pairwise([0, *borders.tolist(), len(places)]):
+        tokens = rows(int(blocks[start])).tokens(places[start:stop, 1])
+        if tokens is None:
+            return None
+        found += tokens
+    return found
 
 
 class Rows:
@@ -61,11 +75,14 @@ class Rows:
 
     def records(self, rows: Sequence[int], where: Callable[[int], str]) -> list[Content]:
         """Values of `rows`; `where` names one of them in messages."""
-        if self._tokens is None or min(rows) < 0 or max(rows) >= self.length:
-            return [self.record(row, where(row)) for row in rows]
+        return [self.record(row, where(row)) for row in rows]
+
+    def tokens(self, rows: np.ndarray) -> list[np.ndarray] | None:
+        """As `Source.tokens`."""
+        if self._tokens is None or not len(rows) or rows.min() < 0 or rows.max() >= self.length:
+            return None
         at, values = self._tokens
-        starts, stops = at[rows].tolist(), at[np.add(rows, 1)].tolist()
-        return [{"tokens": values[start:stop]} for start, stop in zip(starts, stops, strict=True)]
+        return [values[start:stop] for start, stop in zip(at[rows].tolist(), at[rows + 1].tolist(), strict=True)]
 
     def text_bytes(self, index: int, content: Content) -> int:
         """Bytes of the text of row `index`, or of the text that its tokens were made from."""

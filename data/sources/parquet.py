@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from millrace.core.errors import UserError
 from millrace.data.sources.base import BadSample, Content, Place, Sample, Source
-from millrace.data.sources.columnar import Rows, wanted_columns
+from millrace.data.sources.columnar import Rows, tokens_of, wanted_columns
 from millrace.data.sources.parquet_footer import Extents, ranges_of, read_extents
 from millrace.data.sources.parquet_pages import Pages
 from millrace.data.sources.recent import Recent
@@ -59,11 +59,14 @@ class ParquetSource(Source):
         for group, places_in_it in groupby(places, key=lambda place: place[0]):
             members = list(places_in_it)
             try:
-                rows = self._groups.get((blob.url, group), partial(self._group, blob, group))
-                contents += rows.records([place[1] for place in members], partial(_in_group, group))
+                contents += self._kept(blob, group).records([place[1] for place in members], partial(_in_group, group))
             except UserError as error:
                 contents += [BadSample(str(error)) for _ in members]
         return contents
+
+    def tokens(self, blob: Blob, places: np.ndarray) -> list[np.ndarray] | None:
+        """As `Source.tokens`."""
+        return tokens_of(partial(self._kept, blob), places)
 
     def ranges(self, blob: Blob, places: np.ndarray) -> np.ndarray:
         """The wanted columns of the row groups, and the footer; none where that cannot be taken apart."""
@@ -73,6 +76,9 @@ class ParquetSource(Source):
         except ValueError:
             return places[:0]
         return ranges_of(extents, np.unique(places[:, 0]), names, blob.size)
+
+    def _kept(self, blob: Blob, group: int) -> Rows:
+        return self._groups.get((blob.url, group), partial(self._group, blob, group))
 
     def _group(self, blob: Blob, group: int) -> Rows:
         with _open(blob) as file:

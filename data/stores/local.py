@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from millrace.data.stores.base import Blob, StoreError
@@ -43,11 +44,11 @@ class LocalBlob(Blob):
         """The file."""
         return Path(self.url)
 
-    def close(self) -> None:
+    def close(self, close: Callable[[int], None] = os.close) -> None:
         """Close the file."""
-        fd, self._fd = self._fd, -1
+        fd, self._fd = self._fd, -1  # `close` is kept, for `os` is gone when the last are dropped at the very end
         if fd >= 0:
-            os.close(fd)
+            close(fd)
 
     def forget(self) -> None:
         """Remove what `inflate` made of it."""

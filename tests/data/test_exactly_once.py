@@ -56,15 +56,10 @@ def frames(spec: Spec, workers: int, state: LoaderState) -> Iterator[tuple[Consu
     shares = [Share(n, max(workers, 1), state.steps) for n in range(max(workers, 1))]
     opened = Opened(spec, state)
     builders = [opened.builder(share) for share in shares]
-    at = [state] * len(shares)
     try:
-        while True:
-            for share, (number, builder) in zip(shares, enumerate(builders), strict=True):
-                while not share.mine(at[number].steps):
-                    at[number] = builder.skip(at[number])
-                frame = builder.build(at[number])
-                at[number] = LoaderState.from_dict(frame.meta["state"])
-                yield [tuple(s) for s in frame.arrays["row_spans"].tolist()], at[number]
+        for made in zip(*(builder.steps(state) for builder in builders), strict=True):
+            for frame, after in made:
+                yield [tuple(s) for s in frame.arrays["row_spans"].tolist()], after
     finally:
         for builder in builders:
             builder.documents.close()

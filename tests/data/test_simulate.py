@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,11 @@ def test_packing_is_that_of_the_stream(corpus: Path) -> None:
     opened = open_stream(corpus)
     found, builder = packing(opened), opened.builder()
     used = rows = 0
-    state = opened.state
-    while state.window < found.windows:
-        frame = builder.build(state)
-        state = type(state).from_dict(frame.meta["state"])
+    for frame, state in builder.steps(opened.state):
         spans = frame.arrays["row_spans"]
         used, rows = used + int((spans[:, 2] - spans[:, 1]).sum()), rows + 6
+        if state.window >= found.windows:
+            break
     builder.documents.close()
     assert found.rows <= rows < found.rows + 6
     assert found.efficiency == pytest.approx(used / (rows * 48), abs=0.03)
@@ -55,10 +55,8 @@ def test_simulation_reads_nothing_and_plans_what_a_run_consumes(
 ) -> None:
     corpus = corpora.prepare_documents(tmp_path, corpora.make_documents(200))
     opened = open_stream(corpus)
-    builder, state, sums = opened.builder(), opened.state, hashlib.sha256()
-    for _ in range(12):
-        frame = builder.build(state)
-        state = type(state).from_dict(frame.meta["state"])
+    builder, sums = opened.builder(), hashlib.sha256()
+    for frame, _ in itertools.islice(builder.steps(opened.state), 12):
         sums.update(frame.arrays["spans"].astype("<i8").tobytes())
     builder.documents.close()
     monkeypatch.setattr("millrace.data.reader.open_blob", lambda url: pytest.fail(f"{url} was opened"))

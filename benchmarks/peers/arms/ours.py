@@ -2,7 +2,7 @@
 
 Text and tokens are packed into rows of 1,024, all of every document; images and sounds come as whole samples.
 A packed sample counts as delivered in the batch that holds its last span. The windows divide the epoch, so that none
-holds samples of two epochs.
+holds samples of two epochs. Without workers nothing is prefetched, as in the other arms: the caller's thread does it all.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class OurStream:
         self._left = job.samples - (state["samples"] if state else 0)
         config = DataConfig(
             manifest=str(_manifest(job)), sequence_length=ROW, window=_WINDOW, workers=job.workers, threads=1,
-            rows="packed" if self._packed else "samples",
+            rows="packed" if self._packed else "samples", **({} if job.workers else {"prefetch": 0}),
         )  # fmt: skip
         self._loader = build_loader(
             config, seed=job.seed, batch_rows=batch, micro_batch=batch, rank=0, world=1,
@@ -93,7 +93,7 @@ class OurStream:
 
     def _ended(self, step: Any) -> np.ndarray:
         """Samples whose last span is in the step."""
-        spans = np.array(step.spans, np.int64).reshape(-1, 3)
+        spans = step.step_spans
         return spans[spans[:, 2] == self._costs[spans[:, 0]], 0]
 
     def state(self) -> Any:
