@@ -16,6 +16,7 @@ import numpy as np
 from millrace.core.errors import UserError
 from millrace.data.corpus import Corpus
 from millrace.data.costs import Costs
+from millrace.data.index import ascending
 from millrace.data.parts import Encoded, Medium, Part, build_part, join_parts, tokens_part
 from millrace.data.readahead import read_ahead
 from millrace.data.reader import ShardReader
@@ -87,7 +88,7 @@ class Documents:
         """Announce that each of `samples` (with repetitions) will be taken once for `window`; begin to read them."""
         if not len(samples):
             return
-        unique = np.unique(samples)
+        unique = ascending(samples)
         together = -(-_READ_TOGETHER // self._threads)
         parts = np.split(unique, range(together, len(unique), together))
         self._shelves[window] = _Shelf(unique, len(samples), self._map(self._read, parts))

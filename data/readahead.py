@@ -6,19 +6,22 @@ Nothing depends on it. What fails or is stopped here is read, and named, by whoe
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from millrace.core.errors import UserError
 from millrace.data.corpus import Corpus
+from millrace.data.index import ascending
 from millrace.data.reader import ShardReader
 from millrace.data.stores.base import StoreError, scheme_of
 from millrace.data.stores.cache import PAGE, CachedBlob, node_cache
 
 _REQUESTS = 16  # under way at once
+_ASKED = 2**16  # needs that are remembered
 _IN_FLIGHT = 64 * 2**20  # bytes of them, which are held in memory
 
 
@@ -33,7 +36,8 @@ class ReadAhead:
         self.room = node_cache().limit // 4  # bytes of the cache that may hold what is not needed yet
         self._limit, self._flying, self._closed = in_flight, 0, False
         self._changed = threading.Condition()
-        self._opened: set[int] = set()  # shards that were opened, or cannot be
+        self._asked: dict[int, set[tuple[int, ...]]] = {}  # of each shard, `_count` in all, while `_fetched` bytes came
+        self._fetched = self._count = 0
         self._pool = ThreadPoolExecutor(_REQUESTS, thread_name_prefix="millrace-ahead")
 
     def needs(self, samples: int, blocks: int) -> float:
@@ -42,7 +46,12 @@ class ReadAhead:
 
     def expect(self, samples: np.ndarray) -> None:
         """Begin to fetch what `samples` (any order, with repetitions) need and the cache has not."""
-        self._submit(self._window, np.unique(samples))
+        if self._fetched > self.room or self._count > _ASKED:
+            self._asked, self._fetched, self._count = {}, 0, 0
+        with contextlib.suppress(UserError):
+            for number, places in self._new(ascending(samples)):
+                if _is_remote(self._corpus, number):
+                    self._submit(self._open, number, places)
 
     def close(self) -> None:
         """Begin no more requests, and wait for those that are under way."""
@@ -55,23 +64,26 @@ class ReadAhead:
         with contextlib.suppress(RuntimeError):  # closed meanwhile
             self._pool.submit(task, *arguments)
 
-    def _window(self, samples: np.ndarray) -> None:
-        """Look at all shards of `samples`; those that are not open yet are opened in threads of their own."""
-        with contextlib.suppress(UserError):
-            shard, entries = self._corpus.shard_of(samples), self._corpus.entries(samples)
-            places = np.stack([entries.at, entries.extent], axis=1)
-            for number in np.unique(shard).tolist():
-                here = places[shard == number]
-                if number in self._opened:
-                    for blob, run in self._missing(number, here):
-                        self._submit(self._fetch, blob, run)
-                elif _is_remote(self._corpus, number):
-                    self._submit(self._open, number, here)
+    def _new(self, samples: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(shard, places) of those of `samples` that need something for which nobody asked yet.
+
+        Most windows need little that is new. What the cache has dropped since it was asked for is fetched by whoever
+        reads it, until all is forgotten here.
+        """
+        shard, places = self._corpus.shard_of(samples), self._corpus.lookup(samples, ("at", "extent")).T
+        borders = (shard[1:] != shard[:-1]).nonzero()[0] + 1
+        for start, stop in itertools.pairwise([0, *borders.tolist(), len(samples)]):
+            number, here = int(shard[start]), places[start:stop]
+            needs = list(map(tuple, self._reader.source(number).needs(here).tolist()))
+            asked = self._asked.setdefault(number, set())
+            if new := set(needs) - asked:
+                asked |= new
+                self._count += len(new)
+                yield number, here[[need in new for need in needs]]
 
     def _open(self, number: int, places: np.ndarray) -> None:
         """Open a shard, fetch the first run of pages that are missing, and leave the others to other threads."""
         missing = self._missing(number, places)
-        self._opened.add(number)
         for one in missing[1:]:
             self._submit(self._fetch, *one)
         for one in missing[:1]:
@@ -91,6 +103,7 @@ class ReadAhead:
             if self._closed:
                 return
             self._flying += size
+            self._fetched += size
         try:
             with contextlib.suppress(StoreError):
                 blob.fetch(run)

@@ -95,8 +95,12 @@ class ShardReader:
             StoreError: it cannot be opened.
             UserError: it has another size than the manifest says.
         """
+        return self.source(number), self._blob(number)
+
+    def source(self, number: int) -> Source:
+        """What reads shard `number`."""
         manifest, place = self.corpus.shard(number)
-        return self._source(manifest, manifest.shards[place].kind), self._blob(number)
+        return self._source(manifest, manifest.shards[place].kind)
 
     def _read(self, number: int, entries: Entries, here: np.ndarray) -> list[Content]:
         places = list(zip(entries.at[here].tolist(), entries.extent[here].tolist(), strict=True))

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64 * 2**20
+_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, with Huffman codes
+_PLAIN_MARKERS = {*_FRAMES, 0xC4, 0xDB, 0xDD, 0xE0, 0xEE, 0xFE}  # tables, JFIF, Adobe's colours, comments
+_SCAN = b"\xff\xda"
 _ORIENTATION = 0x0112  # Exif 2.3, 4.6.4: values 5 to 8 exchange width and height
 
 
@@ -39,6 +42,8 @@ def decode(raw: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises:
         ValueError: not an image of `FORMATS`, more than `max_pixels`, cut short or damaged.
     """
+    if _is_plain_jpeg(raw, max_pixels) and (found := _decode_jpeg(raw)) is not None:
+        return found
     image = _open(raw, max_pixels)
     turned = _orientation(image)
     if image.format == "JPEG" and image.mode in ("RGB", "L") and (found := _decode_jpeg(raw)) is not None:
@@ -54,6 +59,24 @@ def decode(raw: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     except Exception as error:  # Pillow raises many kinds for damaged files; all mean that it cannot be decoded
         raise ValueError(f"a damaged {image.format} image: {error}") from None
     return _turn(pixels, turned)
+
+
+def _is_plain_jpeg(raw: bytes, max_pixels: int) -> bool:
+    """Whether it is grey or colour of 8 bits, not too large, and without Exif, XMP or anything else to be looked at.
+
+    By its markers (ITU-T T.81, annex B), in a tenth of the time that Pillow takes to open it.
+    """
+    if raw[:3] != b"\xff\xd8\xff":
+        return False
+    at, size = 2, 0
+    while at + 10 <= len(raw) and raw[at] == 0xFF and raw[at + 1] in _PLAIN_MARKERS:
+        if raw[at + 1] in _FRAMES:
+            precision, components = raw[at + 4], raw[at + 9]
+            size = int.from_bytes(raw[at + 5 : at + 7]) * int.from_bytes(raw[at + 7 : at + 9])
+            if precision != 8 or components not in (1, 3) or not 0 < size <= max_pixels:
+                return False
+        at += 2 + int.from_bytes(raw[at + 2 : at + 4])
+    return size > 0 and raw[at : at + 2] == _SCAN
 
 
 def _decode_jpeg(raw: bytes) -> np.ndarray | None:

@@ -55,6 +55,10 @@ class ArrowSource(Source):
         """As `Source.tokens`."""
         return tokens_of(partial(self._kept, blob), places)
 
+    def needs(self, places: np.ndarray) -> np.ndarray:
+        """The batches."""
+        return places[:, [0, 0]]
+
     def _kept(self, blob: Blob, at: int) -> Rows:
         return self._batches.get((blob.url, at), partial(self._at, blob, at))[0]
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from millrace.data.stores import cache
 from millrace.data.stores.base import Blob
+
 
 MAX_SAMPLE_BYTES = 64 * 2**20  # a line, member or file beyond it is refused, not read into memory
 
@@ -86,6 +88,14 @@ class Source(ABC):
         So that it can be fetched ahead; none by default. May read from `blob`, and raises as `read` does.
         """
         return places[:0]
+
+    def needs(self, places: np.ndarray) -> np.ndarray:
+        """What the `ranges` of each of `places` depend on, int64 of shape (n, 2): those alike have the same pages.
+
+        First and last page of a byte range, unless a place is something else.
+        """
+        first = places[:, :1]
+        return np.concatenate([first, first + places[:, 1:] - 1], axis=1) // cache.PAGE
 
     def block(self, place: Place) -> int:
         """Number of the block that holds `place`: samples of one block are cheap to read together."""

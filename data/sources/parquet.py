@@ -77,6 +77,10 @@ class ParquetSource(Source):
             return places[:0]
         return ranges_of(extents, np.unique(places[:, 0]), names, blob.size)
 
+    def needs(self, places: np.ndarray) -> np.ndarray:
+        """The row groups."""
+        return places[:, [0, 0]]
+
     def _kept(self, blob: Blob, group: int) -> Rows:
         return self._groups.get((blob.url, group), partial(self._group, blob, group))
 

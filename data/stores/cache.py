@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -108,9 +109,9 @@ class CachedBlob(Blob):
     def missing(self, ranges: np.ndarray) -> list[range]:
         """Runs of pages that hold the `ranges`, (offset, length) in rows, and are not here."""
         first, last = ranges[:, 0] // PAGE, (ranges.sum(axis=1) - 1).clip(0, self.size - 1) // PAGE
-        wide = [np.arange(a, b) for a, b in zip(first, last, strict=True) if b > a]
-        numbers = np.unique(np.concatenate([last, *wide]))
-        return list(_runs(n for n in numbers.tolist() if not self._folder.has(self._key, n)))
+        wide = [range(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True) if b > a]
+        numbers = sorted({*last.tolist(), *itertools.chain.from_iterable(wide)})
+        return list(_runs(n for n in numbers if not self._folder.has(self._key, n)))
 
     def fetch(self, run: range) -> None:
         """Bring pages here, unless another reader is about to; raises as the store does."""
