@@ -152,9 +152,18 @@ class Builder:
             size = len(parts[0])
             built = [cut_rows(arrays, at, at + size) for at in range(0, len(rows), size)]
         meta = {"micro_batch": self._stream.deal.micro_batch, "eos_id": self._tokenizer.eos_id}
-        for step, found in zip(planned, built, strict=True):
+        for step, found, bad in zip(planned, built, _deal(self.documents.news(), parts), strict=True):
             found["spans"] = np.concatenate(step.rows)[:, :3]
-            yield Frame(meta | {"quarantined": self.documents.news()}, found), step.after
+            yield Frame(meta | {"quarantined": bad}, found), step.after
+
+
+def _deal(news: Sequence[dict[str, Any]], parts: Sequence[list[np.ndarray]]) -> list[list[dict[str, Any]]]:
+    """Quarantine entries for each of some steps: those of its samples, and for the first those of none."""
+    dealt: list[list[dict[str, Any]]] = [[] for _ in parts]
+    samples = [set(np.concatenate(part)[:, 0].tolist()) for part in parts] if news else []
+    for entry in news:
+        dealt[next((n for n, held in enumerate(samples) if entry["sample"] in held), 0)].append(entry)
+    return dealt
 
 
 def check_batch(batch_rows: int, micro_batch: int, world: int) -> None:

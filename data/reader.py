@@ -85,7 +85,7 @@ class ShardReader:
             if tokens is None:
                 return None
             found += tokens
-        digests = np.fromiter(map(xxhash.xxh3_64_intdigest, found), np.uint64, len(found))
+        digests = np.fromiter(map(xxhash.xxh3_64_intdigest, found), np.uint64, len(found))  # type: ignore[arg-type]
         return found if np.array_equal((digests - np.uint64(2**63)).view(np.int64), checks) else None
 
     def opened(self, number: int) -> tuple[Source, Blob]:

@@ -233,7 +233,7 @@ class RowStream:
     def stays(self, state: LoaderState) -> bool:
         """Whether the step after `state` takes rows of the window alone in which `state` stands."""
         stop = state.packs_done + state.stages[-1].batch
-        return 0 < state.packs_done and stop <= len(self.planner.window(state.stages, state.window).packs)
+        return state.packs_done > 0 and stop <= len(self.planner.window(state.stages, state.window).packs)
 
     def _at_border(self, state: LoaderState, steps: int) -> LoaderState:
         """Begin a new stage at this window where the configuration asks for another than the last."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -129,11 +130,14 @@ def peek(argv: Sequence[str]) -> int:
         _make_folder(Path(options.images))
     config = replace(config, train=replace(config.train, micro_batch=config.train.batch))
     opened = _open(config)
-    stream, state = opened.plan() if opened.corpus.counted else None, opened.state
+    state, before = opened.state, options.step - 1
+    if opened.corpus.counted:  # the steps before need not be built
+        stream = opened.plan()
+        for _ in range(before):
+            state = stream.step(state).after
+        before = 0
     builder = opened.builder()
-    for _ in range(options.step - 1):
-        state = stream.step(state).after if stream else builder.skip(state)
-    batch = to_step_batch(builder.build(state))
+    batch = to_step_batch(*next(itertools.islice(builder.steps(state), before, None)))
     builder.documents.close()
     (micro,) = batch.micro_batches
     print(f"step {options.step}: {len(batch.spans)} spans, {batch.local_tokens:,} targets, window {batch.state.window}")

@@ -12,7 +12,6 @@ import xxhash
 from millrace.data.stores import cache
 from millrace.data.stores.base import Blob
 
-
 MAX_SAMPLE_BYTES = 64 * 2**20  # a line, member or file beyond it is refused, not read into memory
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections import Counter
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from millrace.core.errors import UserError
 from millrace.data.batch import IGNORED, StepBatch, spans_sha
 from millrace.data.config import DataConfig
+from millrace.data.documents import Documents
 from millrace.data.loader import Loader, build_loader
 from millrace.data.manifest import Manifest
 from millrace.data.order import Blocks, Growth, Order
@@ -311,6 +313,22 @@ def test_a_bad_sample_becomes_padding_and_the_plan_stays(
         assert int(masked) == lost and (b.micro_batches[0].seq_lens == a.micro_batches[0].seq_lens)
 
 
+def test_the_step_that_holds_a_bad_sample_tells_of_it(
+    corpora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the steps of a window are built together."""
+    documents = corpora.make_documents(60)
+    corpus = corpora.prepare_documents(tmp_path, documents)
+    spoil(monkeypatch, set(documents[::9]))
+    seen: set[int] = set()
+    for batch in steps(load(corpus, rows=2), 60):
+        samples = {sample for sample, _, _ in batch.spans}
+        told = {entry["sample"] for entry in batch.quarantined}
+        assert told == samples & set(range(0, 60, 9)) - seen
+        seen |= told
+    assert len(seen) == 7
+
+
 def test_an_excluded_sample_stays_out_although_it_can_be_read_again(
     corpora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,3 +442,34 @@ def test_spans_sha() -> None:
 def test_options_are_checked(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_steps_that_are_built_together_are_those_built_alone(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    together = [steps(load(corpus, window=40, rows=4, world=world, rank=world - 1), 60)]
+    monkeypatch.setattr("millrace.data.builder._TOGETHER", 0)
+    together.append(steps(load(corpus, window=40, rows=4, world=world, rank=world - 1), 60))
+    for a, b in zip(*together, strict=True):
+        assert a.spans == b.spans and a.state == b.state
+        assert (a.local_tokens, a.local_bytes) == (b.local_tokens, b.local_bytes)
+        for ours, theirs in zip(a.micro_batches, b.micro_batches, strict=True):
+            assert ours.spans == theirs.spans and ours.seq_lens == theirs.seq_lens
+            for name in ("input_ids_BT", "labels_BT", "position_ids_BT"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_no_step_waits_for_a_later_window(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps that lie in a window come before anything of the next is asked for."""
+    taken: list[int] = []
+    take = Documents.take
+
+    def spy(documents: Documents, window: int, samples: np.ndarray, costs: np.ndarray | None) -> Any:
+        taken.append(window)
+        return take(documents, window, samples, costs)
+
+    monkeypatch.setattr(Documents, "take", spy)
+    for batch in itertools.islice(load(corpus, window=16, rows=2), 40):
+        assert max(taken) <= batch.state.window
+    assert len(taken) < 30 and max(taken) > 2

@@ -2,7 +2,8 @@
 
 Text and tokens are packed into rows of 1,024, all of every document; images and sounds come as whole samples.
 A packed sample counts as delivered in the batch that holds its last span. The windows divide the epoch, so that none
-holds samples of two epochs. Without workers nothing is prefetched, as in the other arms: the caller's thread does it all.
+holds samples of two epochs. Without workers nothing is prefetched: as in the other arms, the caller's thread does it
+all.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from millrace.data.decoders import image as decoder
 from millrace.data.decoders.image import MAX_PIXELS, decode, size
 
 # what Pillow says of the damaged files of these tests
@@ -51,6 +52,30 @@ def test_every_kind_of_jpeg_is_what_pillow_decodes(mode: str, shape: tuple[int, 
         options = {"quality": quality, "subsampling": subsampling, "progressive": progressive}
         raw = encode(Image.fromarray(pixels).convert(mode), "JPEG", **options)
         assert np.array_equal(decode(raw), np.asarray(Image.open(io.BytesIO(raw)).convert("RGB"))), options
+
+
+def test_pillow_opens_only_what_is_not_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[bytes] = []
+    there = decoder._open
+    monkeypatch.setattr(decoder, "_open", lambda raw, most: opened.append(raw) or there(raw, most))
+    large, exif = np.kron(PIXELS, np.ones((20, 20, 1), np.uint8)), Image.Exif()
+    exif[0x0112] = 6
+    plain = [encode(large, "JPEG"), encode(large, "JPEG", progressive=True, comment=b"made by hand")]
+    for raw in plain:
+        assert decode(raw).shape == (100, 140, 3) and not opened
+    others = [
+        encode(large, "JPEG", exif=exif),
+        encode(large, "JPEG", xmp=b'<x:xmpmeta tiff:Orientation="6"/>'),
+        encode(Image.fromarray(large).convert("CMYK"), "JPEG"),
+        encode(large, "PNG"),
+        plain[0][:-400],
+    ]
+    for raw in others:
+        with contextlib.suppress(ValueError):
+            decode(raw)
+        assert opened.pop() == raw
+    with pytest.raises(ValueError, match="more than 100"):
+        decode(plain[0], 100)
 
 
 def test_a_damaged_jpeg_is_judged_by_pillow() -> None:

@@ -257,6 +257,28 @@ def test_a_cache_too_small_for_it_is_not_filled_ahead(
     reading.close()
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_nothing_is_asked_for_twice_until_it_is_forgotten(
+    small_pages: None, served: Served, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    reading = ReadAhead(reader_of(served(kind)[1]))
+    asked: list[int] = []
+    monkeypatch.setattr(reading, "_submit", lambda task, number, places: asked.append(len(places)))
+    for start in (0, 100):
+        reading.expect(np.arange(start, 300))
+        assert sum(asked) == (300 if start == 0 else 0)
+        asked.clear()
+    reading.expect(np.arange(250, 350))
+    assert 0 < sum(asked) <= 100  # those that follow, but for pages and row groups that are there
+    asked.clear()
+    monkeypatch.setattr(readahead, "_ASKED", 1)
+    for _ in range(2):
+        reading.expect(np.arange(100))
+        assert sum(asked) == 100
+        asked.clear()
+    reading.close()
+
+
 def test_what_fails_ahead_is_read_again_when_it_is_needed(
     small_pages: None, server: Any, served: Served, quick: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
