@@ -6,10 +6,10 @@ Nothing here depends on how many ranks there are: a rank asks for the documents 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -29,15 +29,17 @@ _TURNS = 4  # of each thread in decoding a batch: few, for waking a thread costs
 class _Shelf:
     """Samples that were announced for a window, and how often they will still be taken."""
 
-    def __init__(self, samples: np.ndarray, uses: int, reading: Iterator[Part]) -> None:
-        """`samples`: unique, ascending; `reading`: parts of them, in their order."""
+    def __init__(self, samples: np.ndarray, uses: int, reads: Sequence[Callable[[], Part]]) -> None:
+        """`samples`: unique, ascending; `reads` give parts of them, in their order."""
         self.samples, self.uses = samples, uses
-        self._reading = reading
+        self._reads = reads
 
     @cached_property
     def part(self) -> Part:
         """All of it; waits, and raises what reading raised."""
-        return join_parts(list(self._reading))
+        part = join_parts([read() for read in self._reads])
+        self._reads = ()
+        return part
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,6 @@ class Documents:
         self.reader = ShardReader(corpus)
         self.read_ahead = read_ahead(self.reader)
         self._threads, self._pool = threads, ThreadPoolExecutor(threads, thread_name_prefix="millrace-read")
-        # A single thread would only be waited for, and waking it costs: then the one that asks does it all.
-        self._map = self._pool.map if threads > 1 else map
         self._corpus, self._tokenizer = corpus, tokenizer
         self._costs = Costs.stored(corpus.costs) if packed else None
         self._budget = bad_budget(corpus, max_bad)
@@ -91,7 +91,14 @@ class Documents:
         unique = ascending(samples)
         together = -(-_READ_TOGETHER // self._threads)
         parts = np.split(unique, range(together, len(unique), together))
-        self._shelves[window] = _Shelf(unique, len(samples), self._map(self._read, parts))
+        self._shelves[window] = _Shelf(unique, len(samples), [self._begin(part) for part in parts])
+
+    def _begin(self, samples: np.ndarray) -> Callable[[], Part]:
+        """Begin to read; the result, when it is there.
+
+        A single thread would only be waited for, and waking it costs: then the one that asks reads.
+        """
+        return self._pool.submit(self._read, samples).result if self._threads > 1 else partial(self._read, samples)
 
     def _read(self, samples: np.ndarray) -> Part:
         tokens = self.reader.tokens(samples)
@@ -131,7 +138,8 @@ class Documents:
         encoded = {place: part.media[place] for place in places.tolist() if place in part.media}
         samples, together = list(encoded.values()), -(-len(encoded) // (_TURNS * self._threads)) or 1
         runs = [samples[at : at + together] for at in range(0, len(samples), together)]
-        decoded = dict(zip(encoded, itertools.chain.from_iterable(self._map(_decode, runs)), strict=True))
+        decode = self._pool.map if self._threads > 1 else map
+        decoded = dict(zip(encoded, itertools.chain.from_iterable(decode(_decode, runs)), strict=True))
         media = {place: one for place, one in decoded.items() if not isinstance(one, str)}
         return media, {place: one for place, one in decoded.items() if isinstance(one, str)}
 

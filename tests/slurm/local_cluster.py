@@ -48,6 +48,7 @@ SlurmctldLogFile={dir}/slurmctld.log
 SlurmdLogFile={dir}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+TaskProlog={dir}/prolog
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
@@ -64,6 +65,12 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=2
+"""
+
+# A test may write lines `export NAME=value` for the tasks of a node into DIRECTORY/prolog-NODE.
+PROLOG = """\
+#!/bin/sh
+cat "{dir}/prolog-$SLURMD_NODENAME" 2> /dev/null || true
 """
 
 
@@ -119,6 +126,8 @@ def start(directory: Path, owner: int | None = None) -> dict[str, str]:
     for old in (*directory.glob("*.log"), *directory.glob("munge.*")):
         old.unlink()
     (directory / "slurm.conf").write_text(_config(directory))
+    (directory / "prolog").write_text(PROLOG.format(dir=directory))
+    (directory / "prolog").chmod(0o755)
     key = directory / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(128))
