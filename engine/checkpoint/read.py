@@ -63,6 +63,8 @@ class Checkpoint:
     def _open(self, name: str) -> Any:
         from safetensors import safe_open
 
+        if name not in self.manifest["files"]:
+            raise UserError(f"{self.path} was altered: a rank's file names {name!r}, which its manifest does not list")
         if name not in self._files:
             self._files[name] = safe_open(str(self.path / name), framework="pt")
         return self._files[name]

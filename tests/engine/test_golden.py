@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,16 @@ def test_it_is_read_and_evaluated_as_it_was(golden: Path) -> None:
     with torch.no_grad():
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
     assert logits_BTV[:, -1, :5].flatten().tolist() == pytest.approx(expected["logits"], abs=1e-5)
+
+
+def test_a_file_outside_of_it_is_not_opened(golden: Path, tmp_path: Path) -> None:
+    (source,) = list_checkpoints(golden)
+    path = Path(shutil.copytree(source, tmp_path / source.name))
+    for rank in sorted(path.glob("rank-*.json")):
+        (tmp_path / f"{rank.stem}.safetensors").write_bytes((path / f"{rank.stem}.safetensors").read_bytes())
+        rank.write_text(rank.read_text().replace('"rank-', '"../rank-'))
+    with pytest.raises(UserError, match="names '../rank-.*, which its manifest does not list"):
+        Checkpoint(path).digest()
 
 
 def test_the_stream_of_the_first_version_cannot_be_continued_and_says_so() -> None:
