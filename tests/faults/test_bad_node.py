@@ -13,7 +13,11 @@ from tests.faults.test_requeue import events, submit
 from tests.slurm.conftest import slurm_cluster  # noqa: F401
 from tests.slurm.test_local_slurm import cluster, job_log, wait  # noqa: F401
 
-NO_FOLDER = "import tempfile\ntempfile.tempdir = '/nowhere'\n"
+NO_FOLDER = """
+import os, tempfile
+if os.environ.get("SLURMD_NODENAME") == "{node}":  # what the batch script exports reaches the tasks of all nodes
+    tempfile.tempdir = "/nowhere"
+"""
 
 
 @pytest.fixture
@@ -23,7 +27,7 @@ def spoil(cluster: Path, tmp_path: Path) -> Iterator[Callable[[str, str], None]]
 
     def action(node: str, program: str) -> None:
         (tmp_path / node).mkdir()
-        (tmp_path / node / "sitecustomize.py").write_text(program)
+        (tmp_path / node / "sitecustomize.py").write_text(program.format(node=node))
         prologs.append(Path(os.environ["SLURM_CONF"]).with_name(f"prolog-{node}"))
         prologs[-1].write_text(f"export PYTHONPATH={tmp_path / node}\n")
 
