@@ -30,10 +30,10 @@ def pack_rows(rows: Sequence[np.ndarray], documents: Documents, eos_id: int, seq
         `offsets`: where each row's spans begin in them, int64 of shape (rows + 1,);
         `media_at`: (row, start, positions) of every medium, int64 of shape (M, 3), and each as `image/N` or `audio/N`.
     """
-    planned, room = np.concatenate(rows), _Room.of(rows, sequence_length)
-    taken = _take(planned, documents, np.full(sequence_length, eos_id, np.int32))
+    planned, padding = np.concatenate(rows), np.full(sequence_length, eos_id, np.int32)
+    room, taken = _Room.of(planned, [len(row) for row in rows], sequence_length), _take(planned, documents, padding)
     arrays: Arrays = {"row_spans": planned[:, :3], "bytes": _covered(planned), "offsets": room.offsets}
-    inputs = _lay(taken.pieces, room, taken.padding)
+    inputs = _lay(taken.pieces, room, padding)
     labels = np.empty_like(inputs)
     labels[:-1] = inputs[1:]
     labels[room.starts + room.lengths - 1] = taken.following
@@ -76,12 +76,12 @@ class _Room:
     length: int  # of a row
 
     @classmethod
-    def of(cls, rows: Sequence[np.ndarray], length: int) -> _Room:
-        planned, counts = np.concatenate(rows), np.array([len(row) for row in rows])
-        offsets, lengths = np.concatenate([[0], counts.cumsum()]), planned[:, 2] - planned[:, 1]
+    def of(cls, planned: np.ndarray, counts: Sequence[int], length: int) -> _Room:
+        """`counts`: spans of each row, (rows,)."""
+        offsets, lengths = np.cumsum([0, *counts]), planned[:, 2] - planned[:, 1]
         ends = np.concatenate([[0], lengths.cumsum()])
         used = ends[offsets[1:]] - ends[offsets[:-1]]
-        skipped = np.arange(len(rows)) * length - ends[offsets[:-1]]
+        skipped = np.arange(len(used)) * length - ends[offsets[:-1]]
         return cls(offsets, lengths, ends[:-1] + skipped.repeat(counts), used, length)
 
     def positions(self) -> np.ndarray:
@@ -99,13 +99,12 @@ class _Pieces:
 
     pieces: list[np.ndarray]
     following: np.ndarray
-    padding: np.ndarray
     bad: list[int]
     media: list[tuple[int, Medium]]
 
 
 def _take(planned: np.ndarray, documents: Documents, padding: np.ndarray) -> _Pieces:
-    found = _Pieces([], np.empty(len(planned), np.int32), padding, [], [])
+    found = _Pieces([], np.empty(len(planned), np.int32), [], [])
     for first, stop in _windows(planned):
         spans = planned[first:stop]
         taken = documents.take(int(spans[0, 5]), spans[:, 0], spans[:, 3])

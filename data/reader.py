@@ -32,6 +32,7 @@ class ShardReader:
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
+        self._tokens_alone = all({*manifest.columns, "bytes"} == {"tokens", "bytes"} for manifest in corpus.manifests)
         self._sources: dict[tuple[Manifest, str], Source] = {}
         self._blobs: Recent[Blob] = Recent(_OPEN_WEIGHT, lambda blob: _OPEN_FILE if blob.path() else 1)
         self._lock = threading.Lock()
@@ -69,13 +70,13 @@ class ShardReader:
         Raises:
             UserError: as `read`.
         """
+        if not self._tokens_alone:
+            return None
         at, extent, checks = self.corpus.lookup(samples, ("at", "extent", "check"))
         places, shards = np.stack([at, extent], axis=1), self.corpus.shard_of(samples)
         found: list[np.ndarray] = []
         for part in np.split(np.arange(len(samples)), np.flatnonzero(np.diff(shards)) + 1):
             number = int(shards[part[0]])
-            if {*self.corpus.shard(number)[0].columns} - {"bytes"} != {"tokens"}:
-                return None
             with self._named(number):
                 source, blob = self.opened(number)
                 try:
