@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -177,7 +178,7 @@ def measure(job: dict[str, Any]) -> None:
     growth = memory.peak - before
     memory.stop()
     ranks = world.gather_objects({"saves": saves, "memory": growth, "rest": rest})
-    parameters = sum(p.numel() for p in engine.objective.parameters())
+    parameters = sum(p.numel() for p in engine.module.parameters())
     run.close()
     worker_result(ranks=ranks, parameters=parameters, peak_without=before)
     leave_world()
@@ -188,7 +189,7 @@ def _engine(job: dict[str, Any]) -> Any:
     from millrace.engine.distributed import join_world
     from millrace.engine.zero import deepspeed_config
     from millrace.pretrain.config import PretrainConfig
-    from millrace.pretrain.run import build_engine
+    from millrace.pretrain.run import build_engines, objective_of
 
     width, blocks = SIZES[job["size"]]
     sizes = {
@@ -204,8 +205,9 @@ def _engine(job: dict[str, Any]) -> Any:
         settings["checkpoint"] = {"writer": {"type": "python", "decoupled": True, "data_parallel": "replica"}}
         # What DeepSpeed's own launcher sets, and this writer reads.
         os.environ |= {"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": str(job["ranks"])}
-    engine, _ = build_engine(config, join_world(settings), settings, VOCABULARY)
-    return engine
+    world = join_world(settings)
+    kind, setting = objective_of(config, settings, SimpleNamespace(vocab_size=VOCABULARY))  # type: ignore[arg-type]
+    return build_engines(config, world, kind.build(setting)).main
 
 
 def _step(engine: Any) -> None:

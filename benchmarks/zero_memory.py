@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import common
@@ -73,7 +74,7 @@ def _measure(job: dict[str, Any]) -> None:
     from millrace.engine.precision import choose_precision
     from millrace.engine.zero import deepspeed_config
     from millrace.pretrain.config import PretrainConfig
-    from millrace.pretrain.run import build_engine
+    from millrace.pretrain.run import build_engines, objective_of
 
     width = job["width"]
     sizes = {
@@ -89,19 +90,20 @@ def _measure(job: dict[str, Any]) -> None:
     world = join_world(settings)
     _warm_up(world)
     memory = _Memory(world.device)
-    engine, model = build_engine(config, world, settings, _VOCABULARY)
+    kind, setting = objective_of(config, settings, SimpleNamespace(vocab_size=_VOCABULARY))  # type: ignore[arg-type]
+    engine = build_engines(config, world, kind.build(setting))
     memory.mark("build")
     for _ in range(_STEPS):
-        loss, _ = engine.forward(_batch())
+        loss, _ = engine.main.forward(_batch())
         memory.mark("forward")
-        engine.backward(loss, _LENGTH * job["ranks"], last=True)
+        engine.main.backward(loss, _LENGTH * job["ranks"], last=True)
         memory.mark("backward")
         engine.gradient_square()
         engine.step(1e-3)
         memory.mark("step")
     ranks = world.gather_objects(memory.peaks)
     largest = max(ranks, key=lambda peaks: max(peaks.values()))
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.parameters())
     worker_result(peak=max(largest.values()), peaks=largest, end=memory.now(), parameters=count, precision=precision)
     leave_world()
 

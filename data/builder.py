@@ -82,14 +82,14 @@ class Opened:
             sequence_length=SAMPLES if config.rows == "samples" else config.sequence_length,
             window=self._window,
             shuffle_blocks=config.shuffle_blocks,
-            pack=config.pack,
+            pack="alone" if config.rows == "alone" else config.pack,
         )
 
     def builder(self, share: Share | None = None) -> Builder:
         """What builds this rank's part, or a worker's share of it."""
         config = self.spec.config
         documents = Documents(
-            self.corpus, self.tokenizer, config.max_bad_samples, config.threads, config.rows == "packed"
+            self.corpus, self.tokenizer, config.max_bad_samples, config.threads, config.rows != "samples"
         )
         return Builder(self.stream(documents, share), documents, self.tokenizer)
 
@@ -104,7 +104,7 @@ class Opened:
         Raises:
             UserError: the corpus has no token counts, without which documents must be read to be planned.
         """
-        if not self.corpus.counted and self.spec.config.rows == "packed":
+        if not self.corpus.counted and self.spec.config.rows != "samples":
             raise UserError(
                 f"{self.corpus.folder} has no token counts; prepare it with count_tokens to plan without reading"
             )

@@ -83,8 +83,10 @@ class DataConfig:
     tokenizer: str | None = option(
         None, "tokenizer folder, tokenizer.json or hub name (default: the one stored beside the manifest)"
     )
-    rows: Literal["packed", "samples"] = option(
-        "packed", "packed: documents in rows of sequence_length; samples: one whole sample in a row"
+    rows: Literal["packed", "alone", "samples"] = option(
+        "packed",
+        "packed: documents in rows of sequence_length; alone: one document, or part of a longer one, in a row; "
+        "samples: one whole sample in a row",
     )
     sequence_length: int = option(1024, "tokens in a row; longer documents are cut into consecutive spans")
     window: int = option(1024, "samples that are packed together (fewer where the documents are long)")

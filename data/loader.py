@@ -159,7 +159,7 @@ def build_loader(
 
 def _check_fit(corpus: Corpus, config: DataConfig) -> None:
     """Refuse samples with media (which are never cut) that no row can hold, before the run meets them one by one."""
-    if config.rows != "packed" or not corpus.media or not corpus.counted:
+    if config.rows == "samples" or not corpus.media or not corpus.counted:
         return
     budget, found = bad_budget(corpus, config.max_bad_samples), corpus.count_longer(config.sequence_length)
     if found > budget:
@@ -208,7 +208,7 @@ def heldout_batches(
         sequence_length=config.sequence_length,
         window=window_samples(corpus, config.window),
         shuffle_blocks=config.shuffle_blocks,
-        pack=config.pack,
+        pack="alone" if config.rows == "alone" else config.pack,
     )
     mixture = Mixture(corpus, components(corpus, weighted=False), _HELDOUT_SEED)
     planner = Planner(documents, mixture, _HELDOUT_SEED, once=True)

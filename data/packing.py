@@ -34,15 +34,17 @@ class Packs:
         return used / max(len(self) * self.capacity, 1)
 
 
-def pack(costs: np.ndarray, capacity: int, best_fit: bool = True, key: int = 0) -> Packs:
+def pack(costs: np.ndarray, capacity: int, best_fit: bool = True, key: int = 0, *, alone: bool = False) -> Packs:
     """Pack documents of `costs` positions into rows of `capacity`.
 
-    With `best_fit`, rows are permuted by `key` (0 keeps their order); without, documents are laid end to end.
+    With `best_fit`, rows are permuted by `key` (0 keeps their order); without, documents are laid end to end. With
+    `alone` every span has a row to itself, permuted as well.
     """
-    if not best_fit:
+    if not best_fit and not alone:
         return _concatenate(np.asarray(costs, np.int64), capacity)
     spans = cut(np.asarray(costs, np.int64), capacity)
-    items, offsets = _best_fit(spans[:, 2] - spans[:, 1], capacity)
+    each = np.arange(len(spans) + 1)
+    items, offsets = (each[:-1], each) if alone else _best_fit(spans[:, 2] - spans[:, 1], capacity)
     if key:
         rows = permutation(len(offsets) - 1, key)
         counts = np.diff(offsets)[rows]

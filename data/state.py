@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from millrace.core.errors import UserError
 
@@ -27,7 +27,7 @@ class Stage:
     sequence_length: int
     window: int  # samples
     shuffle_blocks: int
-    pack: bool
+    pack: bool | Literal["alone"]  # best-fit; in order; every span in a row of its own
 
 
 @dataclass(frozen=True)

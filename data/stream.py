@@ -119,7 +119,7 @@ class Planner:
                 self._documents.refuse(long, f"costs more positions than a row has ({stage.sequence_length})")
                 costs = np.minimum(costs, stage.sequence_length)
         key = derive_key(self._seed, number, _ROWS)
-        packs = pack(costs, stage.sequence_length, stage.pack and counted, key)
+        packs = pack(costs, stage.sequence_length, bool(stage.pack) and counted, key, alone=stage.pack == "alone")
         return Window.of(number, samples, costs, sizes, packs)
 
     def _find(self, stages: tuple[Stage, ...], number: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The objective inside a DeepSpeed engine, driven directly: forward, backward, one optimiser step."""
+"""A module inside a DeepSpeed engine, driven directly: forward, backward, one optimiser step."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from millrace.engine.zero import bucket_elements, fit_buckets
 
 
 class Engine:
-    """An objective, its DeepSpeed engine and the adapter that checkpoints need.
+    """A module, its DeepSpeed engine and the adapter that checkpoints need.
 
     `accelerator.backward` is not used: it steps by itself and binds only the first engine.
     """
 
-    def __init__(self, world: World, objective: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
+    def __init__(
+        self, world: World, module: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float, factor: float = 1.0
+    ) -> None:
+        """`factor` times the run's learning rate is this engine's."""
         self.world = world
-        self.clip = clip
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in objective.parameters() if p.requires_grad)
+        self.clip, self._factor = clip, factor
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
         fit_buckets(world.accelerator.state.deepspeed_plugin.deepspeed_config, trained)
-        self.ds, _ = world.accelerator.prepare(objective, optimizer)
-        self.objective = self.ds.module
+        self.ds, _ = world.accelerator.prepare(module, optimizer)
+        self.module = self.ds.module
         self.adapter: Adapter = adapter(self.ds)
         # Replicated gradients are reduced here: DeepSpeed takes one bucket for all of them, and copies them into it and
         # back even to reduce them with nobody (4% of a step).
@@ -33,12 +36,12 @@ class Engine:
         self._norm: torch.Tensor | None = None
 
     def compile(self) -> None:
-        """Compile the objective's forward."""
+        """Compile the module's forward."""
         self.ds.compile()
 
     def forward(self, micro: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The objective's (summed loss, metrics) for one micro-batch of the loader."""
-        return self.ds(**self.objective.inputs(micro, self.world.device))
+        """The module's (summed loss, figures) for one micro-batch of the loader, from its `inputs`."""
+        return self.ds(**self.module.inputs(micro, self.world.device))
 
     def backward(self, loss_sum: torch.Tensor, tokens: float, *, last: bool) -> None:
         """Accumulate the gradient of `loss_sum / tokens`, with `tokens` the targets of the global batch.
@@ -71,7 +74,7 @@ class Engine:
     def step(self, lr: float) -> None:
         """One optimiser step at learning rate `lr`, after `gradient_square`."""
         for group in self.adapter.inner.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * self._factor
         if isinstance(self.adapter, PlainAdapter) and self.clip:
             assert self._norm is not None, "take gradient_square before the step"
             params = [p for _, p in self.adapter.named if p.grad is not None]

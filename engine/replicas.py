@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
-from millrace.engine.checkpoint.slices import Adapter
+from millrace.engine.checkpoint.joint import AnyAdapter
 from millrace.engine.distributed import World
 
 
-def compare_replicas(adapter: Adapter, world: World, hosts: Sequence[str]) -> str:
+def compare_replicas(adapter: AnyAdapter, world: World, hosts: Sequence[str]) -> str:
     """Which ranks differ from the most, empty where none does; call it on every rank."""
     if not adapter.replicated or world.size == 1:
         return ""
@@ -24,7 +24,7 @@ def compare_replicas(adapter: Adapter, world: World, hosts: Sequence[str]) -> st
 
 
 @torch.no_grad()
-def checksum(adapter: Adapter) -> str:
+def checksum(adapter: AnyAdapter) -> str:
     """Changes with any single bit of weights, masters and moments: a hash of the sums of their bits as integers."""
     tensors = [param for _, param in adapter.named]
     tensors += [view for held in adapter.held() for view in held.views.values()]

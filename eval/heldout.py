@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from millrace.engine.engine import Engine
+from millrace.engine.engines import Engines
+
+
+class Measured(Protocol):
+    """What is asked of an objective."""
+
+    @property
+    def figures(self) -> Sequence[str]:
+        """Names of the figures."""
+        ...
+
+    def measure(self, micro: Any, engines: Engines) -> Mapping[str, torch.Tensor]:
+        """Figures of a micro-batch, by name."""
+        ...
+
+    def targets(self, micro: Any) -> int:
+        """Targets of a micro-batch."""
+        ...
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """`loss` in nats per token; `bpb` in bits per byte of text, which tokenizers can be compared by.
+    """`loss` in nats per target; `bpb` in bits per byte of text, which tokenizers can be compared by.
 
-    `averages` are the objective's own measures per target (`averages = ("accuracy",)` names what its metrics hold
-    behind the summed loss and the largest logit).
+    `averages` are the objective's other measures, for each target.
     """
 
     loss: float
@@ -28,27 +44,27 @@ class HeldOut:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Iterable[tuple[Any, int]]) -> HeldOut:
+def evaluate(objective: Measured, engines: Engines, batches: Iterable[tuple[Any, int]]) -> HeldOut:
     """The mean over all ranks' batches (micro-batch, bytes it covers); every rank must have as many.
 
     Call it on every rank.
     """
-    engine.ds.eval()
-    nll, tokens, size = 0.0, 0, 0
-    names = getattr(engine.objective, "averages", ())
-    sums = [0.0] * len(names)
-    for batch, covered in batches:
-        _, metrics = engine.forward(batch)
-        nll += float(metrics[0])
-        sums = [have + float(more) for have, more in zip(sums, metrics[2:], strict=True)]
-        tokens += int((batch.labels_BT != -100).sum())
+    engines.train(False)
+    names = [name for name in objective.figures if not name.startswith("max_")]
+    sums, tokens, size = dict.fromkeys(names, 0.0), 0, 0
+    for micro, covered in batches:
+        found = objective.measure(micro, engines)
+        sums = {name: have + float(found[name]) for name, have in sums.items()}
+        tokens += objective.targets(micro)
         size += covered
-    engine.ds.train()
-    nll, all_tokens, all_bytes, *sums = engine.world.sum(nll, tokens, size, *sums)
+    engines.train()
+    all_tokens, all_bytes, *added = engines.world.sum(tokens, size, *sums.values())
+    sums = dict(zip(names, added, strict=True))
+    loss = sums.pop("loss")
     return HeldOut(
-        loss=nll / max(all_tokens, 1),
-        bpb=nll / math.log(2) / max(all_bytes, 1),
+        loss=loss / max(all_tokens, 1),
+        bpb=loss / math.log(2) / max(all_bytes, 1),
         tokens=int(all_tokens),
         bytes=int(all_bytes),
-        averages={name: value / max(all_tokens, 1) for name, value in zip(names, sums, strict=True)},
+        averages={name: value / max(all_tokens, 1) for name, value in sums.items()},
     )

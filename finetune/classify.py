@@ -127,7 +127,7 @@ class Classify(Task):
     def objective(self, model: Any) -> Classifier:
         return Classifier(model)
 
-    def sampler(self, model: Any) -> Callable[[], list[tuple[str, str]]] | None:
+    def sampler(self, model: Any) -> Callable[[], list[dict[str, Any]]] | None:
         return None
 
     def load(self, folder: Path, config: Any) -> Any:
@@ -142,7 +142,7 @@ class Classify(Task):
 class Classifier(nn.Module):
     """A classifier of `transformers` whose forward returns the loss summed over this micro-batch's examples."""
 
-    averages = ("accuracy",)  # what the metrics hold behind the loss and the largest logit, summed over examples
+    figures = ("loss", "max_logit", "accuracy")
 
     def __init__(self, model: Any) -> None:
         super().__init__()

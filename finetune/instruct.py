@@ -19,7 +19,7 @@ from millrace.finetune.task import Build, Task
 from millrace.models.bridge import build_model
 from millrace.models.config import ModelConfig
 from millrace.models.packing import PACKABLE
-from millrace.pretrain.objectives.causal_lm import CausalLM
+from millrace.pretrain.objectives.causal_lm import CausalLMModule
 
 
 class Instruct(Task):
@@ -85,21 +85,21 @@ class Instruct(Task):
         model.config.architectures = [type(model).__name__]
         return model
 
-    def objective(self, model: Any) -> CausalLM:
-        return CausalLM(model, self.config.objective)
+    def objective(self, model: Any) -> CausalLMModule:
+        return CausalLMModule(model, self.config.objective)
 
-    def sampler(self, model: Any) -> Callable[[], list[tuple[str, str]]] | None:
+    def sampler(self, model: Any) -> Callable[[], list[dict[str, Any]]] | None:
         prompts = self.config.eval.prompts
         if not prompts:
             return None
         tokens, seed = self.config.eval.sample_tokens, self.config.run.seed
 
-        def sample() -> list[tuple[str, str]]:
+        def sample() -> list[dict[str, Any]]:
             texts = [
                 continue_text(model, Question(self.chat, p), [p], tokens=tokens, temperature=0, seed=seed)[0]
                 for p in prompts
             ]
-            return list(zip(prompts, texts, strict=True))
+            return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 
         return sample
 

@@ -25,13 +25,12 @@ from millrace.data.stream import Deal
 from millrace.engine.checkpoint.download import restore
 from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.distributed import World, join_world, leave_world, world_size
-from millrace.engine.engine import Engine
 from millrace.engine.guard import Guard
 from millrace.engine.owner import Ownership, owned
 from millrace.engine.peak import peak_flops
 from millrace.engine.precision import choose_precision
 from millrace.engine.watchdog.watch import Watch
-from millrace.engine.zero import deepspeed_config, gather_by_block
+from millrace.engine.zero import deepspeed_config
 from millrace.finetune import REGISTRY
 from millrace.finetune.config import FinetuneConfig, check, fingerprint
 from millrace.finetune.examples import Example, read_records
@@ -48,8 +47,9 @@ from millrace.finetune.results import write_results
 from millrace.finetune.source import Source, find_source, open_tokenizer, pin
 from millrace.finetune.task import Build, Task
 from millrace.pretrain.loop import Parts, fit
+from millrace.pretrain.objectives.base import OneModule
 from millrace.pretrain.resume import resume, tell_resumed
-from millrace.pretrain.run import versions
+from millrace.pretrain.run import build_engines, count_parameters, versions
 from millrace.pretrain.tracking import Tracker
 from millrace.pretrain.uploads import begin_uploads, end_uploads
 
@@ -100,7 +100,8 @@ def finetune(config: FinetuneConfig) -> int:
 
 def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precision: str) -> int:
     with prepare(config, world) as prepared:
-        engine, model, peft = build_engine(config, prepared, world, settings)
+        objective, model, peft = build_objective(config, prepared, settings)
+        engine = build_engines(config, world, objective)
         resumed = resume(prepared.rundir.checkpoints, engine)
         layout = _layout(config, prepared.task, model)
         deal = Deal(config.train.batch, config.train.micro_batch, world.rank, world.size)
@@ -110,13 +111,13 @@ def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precisi
         with Tracker(config.track, prepared.rundir.path, to_dict(config), world.main, number) as tracker:
             parts = Parts(
                 config=in_steps,  # type: ignore[arg-type]  # the same sections, as far as the loop reads them
+                objective=objective,
                 engine=engine,
                 loader=loader,  # type: ignore[arg-type]
                 rundir=prepared.rundir,
                 owner=prepared.owner,
                 tracker=tracker,
                 files=_files(config, model.config, prepared.tokenizer),
-                flops_per_token=flops_per_target(model, prepared.train),
                 peak_flops=sum(world.gather_objects(peak_flops(world.device, precision))),
                 heldout=_heldout(config, prepared, layout, world),
                 sample=prepared.task.sampler(model),
@@ -139,8 +140,8 @@ def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precisi
                 write_atomic(prepared.rundir.config, to_toml(config))
                 _announce(parts, prepared, precision)
             if resumed.found is None:
-                for prompt, text in parts.sample() if parts.sample else ():
-                    tracker.log("sample", step=0, prompt=prompt, text=text)
+                for entry in parts.sample() if parts.sample else ():
+                    tracker.log("sample", step=0, **entry)
             outcome = fit(parts)
             end_uploads(parts, outcome)
         if outcome == DONE:
@@ -189,10 +190,10 @@ def _claim(config: FinetuneConfig, rundir: RunDir, identity: dict[str, Any], sou
     return run_id, pin(source, base)
 
 
-def build_engine(
-    config: FinetuneConfig, prepared: Prepared, world: World, settings: dict[str, Any]
-) -> tuple[Engine, Any, Any | None]:
-    """(engine, model inside it, peft's configuration or None)."""
+def build_objective(
+    config: FinetuneConfig, prepared: Prepared, settings: dict[str, Any]
+) -> tuple[OneModule, Any, Any | None]:
+    """(objective, model inside it, peft's configuration or None)."""
     stage = settings["zero_optimization"]["stage"]
     zero3 = {**settings, "train_batch_size": config.train.batch} if stage == 3 else None
     model = prepared.task.model(Build(prepared.base, zero3))
@@ -200,15 +201,9 @@ def build_engine(
     if config.lora.r:
         peft = peft_config(config.lora, prepared.task.peft_type, prepared.base, prepared.task.heads)
         add_adapters(model, peft, config.run.seed)
-    if config.engine.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    objective = prepared.task.objective(model)
-    if stage == 3:
-        gather_by_block(model)
-    engine = Engine(world, objective, config.optim.build(objective), config.optim.clip)
-    if config.engine.compile:
-        engine.compile()
-    return engine, model, peft
+    objective = OneModule(prepared.task.objective(model))
+    objective.flops_per_target = flops_per_target(model, prepared.train)
+    return objective, model, peft
 
 
 def _layout(config: FinetuneConfig, task: Task, model: Any) -> Layout:
@@ -273,24 +268,20 @@ def _files(config: FinetuneConfig, hf_config: Any, tokenizer: Any) -> dict[str, 
     return files
 
 
-def _count(model: nn.Module, *, trained: bool) -> int:
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trained)
-
-
 def _start_record(parts: Parts, prepared: Prepared, precision: str, resumed: int | None) -> dict[str, Any]:
     return {
         **start_times(),
         "run_id": prepared.run_id,
         "world": parts.engine.world.size,
-        "zero_stage": parts.engine.ds.zero_optimization_stage(),
+        "zero_stage": parts.engine.zero_stage,
         "precision": precision,
         "resumed_from": resumed,
         "manifests": list(parts.loader.state.stages[-1].manifests),
         "source": prepared.base,
         "examples": {"train": len(prepared.train), "heldout": len(prepared.heldout)},
-        "params": _count(parts.engine.objective, trained=False),
-        "trained": _count(parts.engine.objective, trained=True),
-        "flops_per_token": parts.flops_per_token,
+        "params": count_parameters(parts.engine),
+        "trained": count_parameters(parts.engine, trained=True),
+        "flops_per_token": parts.objective.flops_per_target,
         "peak_flops": parts.peak_flops,
         "versions": versions(),
     }
@@ -298,11 +289,11 @@ def _start_record(parts: Parts, prepared: Prepared, precision: str, resumed: int
 
 def _announce(parts: Parts, prepared: Prepared, precision: str) -> None:
     config, engine = parts.config, parts.engine
-    whole, trained = (_count(engine.objective, trained=t) for t in (False, True))
+    whole, trained = (count_parameters(engine, trained=t) for t in (False, True))
     say(
         f"{config.run.name}: {prepared.base} with {fmt_count(whole)} parameters, {fmt_count(trained)} of them "
         f"trained, on {len(prepared.train)} examples ({len(prepared.heldout)} held out), ZeRO "
-        f"{engine.ds.zero_optimization_stage()} on {engine.world.size} rank(s), {precision}, "
+        f"{engine.zero_stage} on {engine.world.size} rank(s), {precision}, "
         f"batch {config.train.batch}, until {config.train.duration}"
         + (f", continued from step {parts.point.step}" if parts.point.step else "")
     )

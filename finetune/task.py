@@ -43,10 +43,10 @@ class Task(Protocol):
         ...
 
     def objective(self, model: Any) -> nn.Module:
-        """What the engine wraps: `inputs(micro, device)`, and a forward that returns (summed loss, metrics)."""
+        """What the engine wraps: `figures`, `inputs(micro, device)`, a forward that returns (summed loss, figures)."""
         ...
 
-    def sampler(self, model: Any) -> Callable[[], list[tuple[str, str]]] | None:
+    def sampler(self, model: Any) -> Callable[[], list[dict[str, Any]]] | None:
         """Continues eval.prompts, or None where there is nothing to continue."""
         ...
 

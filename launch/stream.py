@@ -88,7 +88,7 @@ def stat(argv: Sequence[str]) -> int:
         for a, b, n, p in zip(found.edges[:-1], found.edges[1:], found.samples, found.positions, strict=True)
     ]
     show_table("positions of a sample", ["positions", "samples", "of samples", "of positions", ""], bars)
-    if config.data.rows == "packed":
+    if config.data.rows != "samples":
         packed = packing(opened)
         say(
             f"rows of {config.data.sequence_length}: {packed.efficiency:.1%} of the positions hold a token "

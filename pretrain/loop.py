@@ -18,7 +18,7 @@ from millrace.data.loader import Loader, spans_sha
 from millrace.engine.checkpoint.read import load_checkpoint, open_before
 from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.checkpoint.upload import Uploader
-from millrace.engine.engine import Engine
+from millrace.engine.engines import Engines
 from millrace.engine.guard import RETURNS, Guard
 from millrace.engine.owner import Ownership, taken_over
 from millrace.engine.pace import Pace, Straggler
@@ -27,6 +27,7 @@ from millrace.engine.signals import StopRequest
 from millrace.engine.watchdog.watch import Watch
 from millrace.eval.heldout import evaluate
 from millrace.pretrain.config import PretrainConfig
+from millrace.pretrain.objectives.base import Objective, gather
 from millrace.pretrain.progress import Progress
 from millrace.pretrain.saving import end, finish_save, save, too_late
 from millrace.pretrain.schedule import Point
@@ -38,7 +39,8 @@ class Parts:
     """What a run is made of; `pretrain.run` builds it, people's own scripts may."""
 
     config: PretrainConfig
-    engine: Engine
+    objective: Objective
+    engine: Engines
     loader: Loader
     rundir: RunDir
     owner: Ownership
@@ -47,10 +49,9 @@ class Parts:
     guard: Guard
     watch: Watch
     files: dict[str, str]  # written into every checkpoint: configuration, model and tokenizer
-    flops_per_token: float
     peak_flops: float  # of all ranks together
     heldout: Callable[[], Iterable[Any]] | None = None
-    sample: Callable[[], list[tuple[str, str]]] | None = None
+    sample: Callable[[], list[dict[str, Any]]] | None = None
     point: Point = field(default_factory=Point)
     identity: dict[str, Any] = field(default_factory=dict)  # run id and lineage, into every checkpoint
     uploader: Uploader | None = None  # on rank 0
@@ -60,7 +61,7 @@ def fit(parts: Parts) -> int:
     """Train to the configured duration, or until a signal asks to stop; returns the run's outcome code.
 
     Every step is: draw a whole global step, add up its targets over all ranks, accumulate the gradient of the summed
-    loss divided by that number, judge it, step once. The same decisions are taken on every rank, because they are
+    losses divided by that number, judge it, step once. The same decisions are taken on every rank, because they are
     functions of all-reduced values only. A step that is not taken is counted like any other: the step's number says
     which samples were drawn, and the learning rate follows it.
     """
@@ -84,28 +85,29 @@ def fit(parts: Parts) -> int:
                 break
             lr = config.optim.lr * config.schedule.factor(point, duration)
             at("first" if point is parts.point else "step", number)
-            nll, top, square = _accumulate(engine, batch.micro_batches, tokens, pace)
+            figures, square = accumulate(parts.objective, engine, batch.micro_batches, tokens, pace)
             tracked = _due(Duration(config.track.norms_every, "steps"), point, Point(point.step + 1))
             gradients = engine.norms(gradients=True) if tracked else None
             # Rank 0's clock is everybody's: what is due by time must be due on all ranks. The time of the optimiser,
             # which comes after this last exchange, is counted with the next step.
             spent = time.perf_counter() - began + stepping
             at("collective", number)
-            nll, square, clock = world.sum(nll, square, spent if world.main else 0.0)
-            norm, before = math.sqrt(square), point
+            sums, square, clock = _add_up(parts, figures, square, spent)
+            norm, before, loss = math.sqrt(square), point, sums["loss"] / max(tokens, 1.0)
             point = Point(point.step + 1, point.tokens + int(tokens), point.seconds + clock)
-            fault = parts.guard.judge(point.step, len(batch.state.stages), nll / max(tokens, 1.0), norm)
+            fault = parts.guard.judge(point.step, len(batch.state.stages), loss, norm)
             at("step", number)
             began = time.perf_counter()
             engine.discard() if fault else engine.step(lr)
+            parts.objective.end_step(engine, taken=not fault)
             stepping = time.perf_counter() - began
             parts.identity["loader"] = batch.state.to_dict()
-            record = _record(point, {"nll": nll, "tokens": tokens, "bytes": size, "lr": lr, "grad_norm": norm})
+            record = _record(point, sums, {"tokens": tokens, "bytes": size, "lr": lr, "grad_norm": norm})
             record |= {"seconds": clock, "data_wait": waited, **_rates(parts, tokens, clock), "data": _data(batch)}
             parts.tracker.log("step", **record, **({"samples": batch.spans} if config.run.sample_ids else {}))
             progress.update(record)
             if tracked:
-                parts.tracker.log("norms", step=point.step, grad=gradients, **_weights(engine, top))
+                parts.tracker.log("norms", step=point.step, grad=gradients, **_weights(engine, figures))
             for slow in pace.step():
                 _tell_straggler(parts, point, slow)
             if bad:
@@ -130,25 +132,39 @@ def fit(parts: Parts) -> int:
 
 def _agree(parts: Parts, batch: Any, asked: bool) -> list[float]:
     """One all-reduce before the first backward: [targets, their text, bad samples, asked to stop, still writing]."""
-    mine = (batch.local_tokens, batch.local_bytes, len(batch.quarantined), asked, parts.saver.writing)
+    targets = parts.objective.count(batch)
+    mine = (targets, batch.local_bytes, len(batch.quarantined), asked, parts.saver.writing)
     *agreed, lost = parts.engine.world.sum(*mine, parts.owner.lost())
     if lost:
         raise taken_over(parts.rundir.path)
     return agreed
 
 
-def _accumulate(engine: Engine, micro_batches: list[Any], tokens: float, pace: Pace) -> tuple[float, float, float]:
-    """Forward and backward of every micro-batch; this rank's (summed nll, largest logit, share of |gradient|²)."""
-    found: list[torch.Tensor] = []
-    for number, micro in enumerate(micro_batches):
+def accumulate(
+    objective: Objective, engine: Engines, micro_batches: list[Any], tokens: float, pace: Pace
+) -> tuple[dict[str, float], float]:
+    """Forward and backward of every loss of a step; this rank's (figures by name, share of |gradient|²)."""
+    losses, found = objective.losses(micro_batches, engine), []
+    while True:
         with pace.forward():
-            loss, metrics = engine.forward(micro)
-        engine.backward(loss, max(tokens, 1.0), last=number == len(micro_batches) - 1)
-        found.append(metrics)
-    stacked = torch.stack(found).double()
-    figures = torch.stack([stacked[:, 0].sum(), stacked[:, 1].max(), engine.gradient_square()])
-    nll, top, square = figures.tolist()  # the step's only host read
-    return nll, top, square
+            loss = next(losses, None)
+        if loss is None:
+            break
+        engine[loss.engine].backward(loss.value, max(tokens, 1.0), last=loss.last)
+        found.append(loss.figures)
+    figures = gather(found, objective.figures, engine.world.device)
+    *values, square = torch.cat([figures, engine.gradient_square()[None]]).tolist()  # the step's only host read
+    return dict(zip(objective.figures, values, strict=True)), square
+
+
+def _add_up(
+    parts: Parts, figures: dict[str, float], square: float, spent: float
+) -> tuple[dict[str, float], float, float]:
+    """Over all ranks: figures that are sums, |gradient|², and the seconds of rank 0."""
+    world = parts.engine.world
+    (first, loss), *others = ((name, value) for name, value in figures.items() if not name.startswith("max_"))
+    found = world.sum(loss, square, spent if world.main else 0.0, *(value for _, value in others))
+    return {first: found[0], **dict(zip(dict(others), found[3:], strict=True))}, found[1], found[2]
 
 
 def _due(every: Duration | None, before: Point, after: Point) -> bool:
@@ -160,18 +176,21 @@ def _due(every: Duration | None, before: Point, after: Point) -> bool:
     return after.seconds // every.value > before.seconds // every.value
 
 
-def _weights(engine: Engine, top: float) -> dict[str, Any]:
-    (largest,) = [max(v) for v in zip(*engine.world.gather_objects((top,)), strict=True)]
-    return {"weight": engine.norms(gradients=False), "max_logit": largest}
+def _weights(engine: Engines, figures: dict[str, float]) -> dict[str, Any]:
+    everywhere = engine.world.gather_objects({n: v for n, v in figures.items() if n.startswith("max_")})
+    largest = {name: max(rank[name] for rank in everywhere) for name in everywhere[0]}
+    return {"weight": engine.norms(gradients=False), **largest}
 
 
-def _record(point: Point, values: dict[str, float]) -> dict[str, Any]:
-    loss = values["nll"] / max(values["tokens"], 1.0)
+def _record(point: Point, sums: dict[str, float], values: dict[str, float]) -> dict[str, Any]:
+    means = {name: value / max(values["tokens"], 1.0) for name, value in sums.items()}
+    loss = means.pop("loss")
     return {
         "step": point.step,
         "loss": loss,
         "loss_hex": float(loss).hex(),
-        **({"bpb": values["nll"] / math.log(2) / values["bytes"]} if values["bytes"] else {}),
+        **({"bpb": sums["loss"] / math.log(2) / values["bytes"]} if values["bytes"] else {}),
+        **({"figures": means} if means else {}),
         "lr": values["lr"],
         "grad_norm": values["grad_norm"],
         "tokens": int(values["tokens"]),
@@ -181,8 +200,8 @@ def _record(point: Point, values: dict[str, float]) -> dict[str, Any]:
 
 
 def _rates(parts: Parts, tokens: float, seconds: float) -> dict[str, float]:
-    rate = tokens / seconds
-    return {"tokens_per_s": rate, "mfu": rate * parts.flops_per_token / parts.peak_flops}
+    rate, flops = tokens / seconds, parts.objective.flops_per_target
+    return {"tokens_per_s": rate, **({} if flops is None else {"mfu": rate * flops / parts.peak_flops})}
 
 
 def _data(batch: Any) -> dict[str, Any]:
@@ -251,7 +270,7 @@ def _evaluate(parts: Parts, point: Point, progress: Progress) -> float | None:
     parts.watch.enter("eval", point.step)
     if parts.heldout is not None:
         began = time.perf_counter()
-        found = evaluate(parts.engine, parts.heldout())
+        found = evaluate(parts.objective, parts.engine, parts.heldout())
         loss = found.loss
         parts.tracker.log(
             "eval", step=point.step, loss=found.loss, bpb=found.bpb, tokens=found.tokens, bytes=found.bytes,
@@ -259,8 +278,8 @@ def _evaluate(parts: Parts, point: Point, progress: Progress) -> float | None:
         )  # fmt: skip
         more = "".join(f", {name} {value:.4f}" for name, value in found.averages.items())
         progress.say(f"step {point.step}: held-out {found.loss:.4f} nats/token, {found.bpb:.4f} bits per byte{more}")
-    for prompt, text in parts.sample() if parts.sample is not None else ():
-        parts.tracker.log("sample", step=point.step, prompt=prompt, text=text)
+    for entry in parts.sample() if parts.sample is not None else ():
+        parts.tracker.log("sample", step=point.step, **entry)
     return loss
 
 

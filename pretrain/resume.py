@@ -11,7 +11,7 @@ from millrace.core.console import say, warn
 from millrace.core.ledger import last_event
 from millrace.data.state import LoaderState
 from millrace.engine.checkpoint.read import Checkpoint, load_checkpoint, open_newest, remove_leftovers
-from millrace.engine.engine import Engine
+from millrace.engine.engines import Engines
 from millrace.pretrain.schedule import Point
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Resumed:
         return self.found.step if self.found else None
 
 
-def resume(folder: Path, engine: Engine) -> Resumed:
+def resume(folder: Path, engine: Engines) -> Resumed:
     """Load the newest checkpoint in `folder` that verifies, on every rank, and remove what a kill left behind.
 
     Raises:

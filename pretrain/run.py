@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from millrace.core.config import to_dict, to_toml
 from millrace.core.console import say, warn
 from millrace.core.ledger import read_event
@@ -18,24 +20,23 @@ from millrace.core.units import fmt_count
 from millrace.data.corpus import Corpus
 from millrace.data.loader import Loader, build_loader, heldout_batches, heldout_manifests
 from millrace.data.state import LoaderState
+from millrace.data.tokenizer import Tokenizer
 from millrace.engine.checkpoint.download import restore
 from millrace.engine.checkpoint.saver import Saver
 from millrace.engine.distributed import World, join_world, leave_world, world_size
 from millrace.engine.engine import Engine
+from millrace.engine.engines import Engines
 from millrace.engine.guard import Guard
 from millrace.engine.owner import owned
 from millrace.engine.peak import peak_flops
 from millrace.engine.precision import choose_precision
 from millrace.engine.watchdog.watch import Watch
 from millrace.engine.zero import deepspeed_config, gather_by_block
-from millrace.eval.generate import continue_text
 from millrace.eval.report import write_report
-from millrace.models.bridge import build_model, hf_config
-from millrace.models.counts import flops_per_token
-from millrace.models.packing import check_packable
 from millrace.pretrain.config import PretrainConfig, fingerprint, resolve
 from millrace.pretrain.loop import Parts, fit
 from millrace.pretrain.objectives import REGISTRY as OBJECTIVES
+from millrace.pretrain.objectives.base import Objective, Setting
 from millrace.pretrain.resume import resume, tell_resumed
 from millrace.pretrain.tracking import Tracker
 from millrace.pretrain.uploads import begin_uploads, end_uploads
@@ -71,13 +72,14 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
     rundir = RunDir(Path(config.run.dir) / config.run.name)
     with build_loader_at(config, world, None) as probe:
         tokenizer = probe.tokenizer
-    check_packable(hf_config(config.model, tokenizer.vocab_size, config.data.sequence_length).model_type)
+    kind, setting = objective_of(config, settings, tokenizer)
+    kind.check(setting)
     identity = _identity(config, rundir, corpus)
     with owned(rundir, identity, world) as owner, Watch(config.watchdog, rundir.path, world, owner.number) as watch:
         run_id = world.on_main(lambda: _claim(config, rundir, identity))
-        engine, model = build_engine(config, world, settings, tokenizer.vocab_size)
+        objective = kind.build(setting)
+        engine = build_engines(config, world, objective)
         resumed = resume(rundir.checkpoints, engine)
-        files = run_files(config, model.config, tokenizer)
         peak = sum(world.gather_objects(peak_flops(world.device, precision)))
         with (
             Tracker(config.track, rundir.path, to_dict(config), world.main, owner.number) as tracker,
@@ -85,16 +87,16 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
         ):
             parts = Parts(
                 config=config,
+                objective=objective,
                 engine=engine,
                 loader=loader,
                 rundir=rundir,
                 owner=owner,
                 tracker=tracker,
-                files=files,
-                flops_per_token=flops_per_token(model.config, config.data.sequence_length),
+                files=run_files(config, objective, tokenizer),
                 peak_flops=peak,
                 heldout=_heldout(config, world),
-                sample=_sampler(config, model, tokenizer),
+                sample=objective.sampler(),
                 saver=Saver(rundir.checkpoints, engine.adapter, world, owner, background=config.checkpoint.background),
                 watch=watch,
                 guard=Guard(config.guard, resumed.guard),
@@ -105,10 +107,10 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
             loader.exclude(world.on_main(lambda: _quarantined(rundir)))
             tell_resumed(parts, resumed)
             how = (run_id, precision, resumed.step)
-            tracker.log("start", **_start_record(parts, model, how, corpus))
+            tracker.log("start", **_start_record(parts, how, corpus))
             if world.main:
                 write_atomic(rundir.config, to_toml(config))
-                _announce(parts, model, precision)
+                _announce(parts, precision)
             outcome = fit(parts)
             end_uploads(parts, outcome)
     if world.main:
@@ -134,20 +136,42 @@ def build_loader_at(config: PretrainConfig, world: World, state: LoaderState | N
     )
 
 
-def build_engine(config: PretrainConfig, world: World, settings: dict[str, Any], vocab_size: int) -> tuple[Engine, Any]:
-    """Model, objective and optimiser inside a DeepSpeed engine; returns (engine, model)."""
+def objective_of(
+    config: PretrainConfig, settings: dict[str, Any], tokenizer: Tokenizer
+) -> tuple[type[Objective], Setting]:
+    """The kind of objective that the configuration names, and what it is built from; `settings` are DeepSpeed's."""
     stage = settings["zero_optimization"]["stage"]
-    zero3 = {**settings, "train_batch_size": config.train.batch} if stage == 3 else None
-    model = build_model(config.model, vocab_size, config.data.sequence_length, config.run.seed, zero3)
-    if config.engine.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    objective = lookup(OBJECTIVES, config.objective.kind, "objective")(model, config.objective)
-    if stage == 3:
-        gather_by_block(model)
-    engine = Engine(world, objective, config.optim.build(objective), config.optim.clip)
+    kind: type[Objective] = lookup(OBJECTIVES, config.objective.kind, "objective")
+    return kind, Setting(
+        objective=config.objective,
+        model=config.model,
+        eval=config.eval,
+        tokenizer=tokenizer,
+        sequence_length=config.data.sequence_length,
+        seed=config.run.seed,
+        zero3={**settings, "train_batch_size": config.train.batch} if stage == 3 else None,
+    )
+
+
+def build_engines(config: Any, world: World, objective: Objective) -> Engines:
+    """Every module of the objective, with an optimiser, inside a DeepSpeed engine.
+
+    `config` has the sections `engine` and `optim`.
+    """
+    engines = {}
+    stage = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
+    for name, module in objective.modules.items():
+        for model in (part for part in module.modules() if isinstance(part, PreTrainedModel)):
+            if config.engine.activation_checkpointing and model.supports_gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            if stage == 3:
+                gather_by_block(model)
+        optimizer = config.optim.build(module)
+        engines[name] = Engine(world, module, optimizer, config.optim.clip, objective.factors.get(name, 1.0))
+    made = Engines(engines)
     if config.engine.compile:
-        engine.compile()
-    return engine, model
+        made.compile()
+    return made
 
 
 def _identity(config: PretrainConfig, rundir: RunDir, corpus: Corpus) -> dict[str, Any]:
@@ -163,9 +187,9 @@ def _claim(config: PretrainConfig, rundir: RunDir, identity: dict[str, Any]) -> 
     return run_id
 
 
-def run_files(config: PretrainConfig, hf_config: Any, tokenizer: Any) -> dict[str, str]:
+def run_files(config: PretrainConfig, objective: Objective, tokenizer: Tokenizer) -> dict[str, str]:
     """The text files that later stages need beside the weights, by their name in a checkpoint."""
-    files = {"config.toml": to_toml(config), "model/config.json": hf_config.to_json_string(use_diff=False)}
+    files = {"config.toml": to_toml(config), **objective.files()}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         for path in Path(folder).iterdir():
@@ -180,35 +204,28 @@ def _heldout(config: PretrainConfig, world: World) -> Callable[[], Iterator[Any]
     return lambda: heldout_batches(config.data, config.train.micro_batch, world.rank, world.size, rows)
 
 
-def _sampler(config: PretrainConfig, model: Any, tokenizer: Any) -> Callable[[], list[tuple[str, str]]] | None:
-    prompts = config.eval.prompts
-    if not prompts:
-        return None
-
-    def sample() -> list[tuple[str, str]]:
-        texts = continue_text(model, tokenizer, prompts, tokens=config.eval.sample_tokens, seed=config.run.seed)
-        return list(zip(prompts, texts, strict=True))
-
-    return sample
-
-
-def _start_record(parts: Parts, model: Any, how: tuple[str, str, int | None], corpus: Corpus) -> dict[str, Any]:
+def _start_record(parts: Parts, how: tuple[str, str, int | None], corpus: Corpus) -> dict[str, Any]:
     run_id, precision, resumed = how
-    ds = parts.engine.ds
     return {
         **start_times(),
         "run_id": run_id,
         "world": parts.engine.world.size,
-        "zero_stage": ds.zero_optimization_stage(),
+        "zero_stage": parts.engine.zero_stage,
         "precision": precision,
         "resumed_from": resumed,
         "parent": parts.rundir.parent,
         "manifests": list(corpus.fingerprints),
-        "params": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
-        "flops_per_token": parts.flops_per_token,
+        "params": count_parameters(parts.engine),
+        "flops_per_token": parts.objective.flops_per_target,
         "peak_flops": parts.peak_flops,
         "versions": versions(),
     }
+
+
+def count_parameters(engines: Engines, *, trained: bool = False) -> int:
+    """Of all engines; with `trained` those alone that are not frozen."""
+    found = (p for p in engines.parameters() if p.requires_grad or not trained)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in found)
 
 
 def versions() -> dict[str, str]:
@@ -219,12 +236,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _announce(parts: Parts, model: Any, precision: str) -> None:
+def _announce(parts: Parts, precision: str) -> None:
     world, config = parts.engine.world, parts.config
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     say(
-        f"{config.run.name}: {config.model.kind} with {fmt_count(count)} parameters, ZeRO "
-        f"{parts.engine.ds.zero_optimization_stage()} on {world.size} rank(s), {precision}, "
+        f"{config.run.name}: {parts.objective.name} with {fmt_count(count_parameters(parts.engine))} parameters, ZeRO "
+        f"{parts.engine.zero_stage} on {world.size} rank(s), {precision}, "
         f"batch {config.train.batch} x {config.data.sequence_length}, until {config.train.duration}"
         + (f", continued from step {parts.point.step}" if parts.point.step else "")
     )

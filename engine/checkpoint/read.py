@@ -15,9 +15,10 @@ import torch
 
 from millrace.core.console import warn
 from millrace.core.errors import UserError
-from millrace.engine.checkpoint.slices import MASTER, Adapter
+from millrace.engine.checkpoint.joint import AnyAdapter
+from millrace.engine.checkpoint.slices import MASTER
 from millrace.engine.checkpoint.tensorfile import file_sha256
-from millrace.engine.checkpoint.write import ENGINE, FORMAT, manifest_sha256
+from millrace.engine.checkpoint.write import FORMAT, manifest_sha256, slice_key
 from millrace.engine.distributed import World
 
 UNSEALED = 1  # the format of 0.1, whose manifest holds no hash of itself
@@ -75,7 +76,7 @@ class Checkpoint:
         Raises:
             UserError: the checkpoint does not hold them all.
         """
-        key = f"{ENGINE}|{param}|{state}"
+        key = slice_key(param, state)
         out: torch.Tensor | None = None
         filled = 0
         for first, count, file in self._index.get(key, []):
@@ -217,7 +218,7 @@ def verdict(path: Path, world: World | None = None) -> str:
 
 
 @torch.no_grad()
-def load_checkpoint(checkpoint: Checkpoint, adapter: Adapter) -> None:
+def load_checkpoint(checkpoint: Checkpoint, adapter: AnyAdapter) -> None:
     """Load masters, moments, step count, buffers and frozen parameters into an engine; call it on every rank.
 
     Raises:
@@ -240,23 +241,23 @@ def load_checkpoint(checkpoint: Checkpoint, adapter: Adapter) -> None:
     adapter.push()
 
 
-def _load_fixed(checkpoint: Checkpoint, adapter: Adapter) -> None:
+def _load_fixed(checkpoint: Checkpoint, adapter: AnyAdapter) -> None:
     import deepspeed
 
     saved = checkpoint.fixed()
-    module = adapter.ds.module
-    for name, param in module.named_parameters():
-        if not param.requires_grad:
-            with deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=hasattr(param, "ds_id")):
-                if adapter.rank == 0 or not hasattr(param, "ds_id"):
-                    param.copy_(saved[name])
-    for name, buffer in module.named_buffers():
-        if name in saved:
-            buffer.copy_(saved[name])
+    for prefix, module in adapter.modules():
+        for name, param in module.named_parameters():
+            if not param.requires_grad:
+                with deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=hasattr(param, "ds_id")):
+                    if adapter.rank == 0 or not hasattr(param, "ds_id"):
+                        param.copy_(saved[prefix + name])
+        for name, buffer in module.named_buffers():
+            if prefix + name in saved:
+                buffer.copy_(saved[prefix + name])
 
 
 @torch.no_grad()
-def digest(adapter: Adapter, world: World) -> str:
+def digest(adapter: AnyAdapter, world: World) -> str:
     """What `Checkpoint.digest` would be of the engine's present state; equal on every rank."""
     sums = hashlib.sha256()
     owned = {held.name: held for held in adapter.owned()}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from millrace.engine.checkpoint.slices import Adapter
+from millrace.engine.checkpoint.joint import AnyAdapter
 from millrace.engine.checkpoint.write import (
     Content,
     Slice,
@@ -47,7 +47,7 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, adapter: Adapter, world: World, owner: Ownership | None = None, *, background: bool
+        self, folder: Path, adapter: AnyAdapter, world: World, owner: Ownership | None = None, *, background: bool
     ) -> None:
         self._folder, self._adapter, self._world, self._owner = folder, adapter, world, owner
         self._background = background
@@ -182,7 +182,7 @@ def _attempt(action: Any) -> str | None:
 
 
 def save_checkpoint(
-    folder: Path, step: int, adapter: Adapter, world: World, extra: dict[str, Any], owner: Ownership | None = None
+    folder: Path, step: int, adapter: AnyAdapter, world: World, extra: dict[str, Any], owner: Ownership | None = None
 ) -> Written:
     """Write `folder/step-N` from all ranks, and return when it is visible; see `Saver`."""
     saver = Saver(folder, adapter, world, owner, background=False)

@@ -61,6 +61,11 @@ class Adapter:
         self.named = [(n, p) for n, p in ds.module.named_parameters() if p.requires_grad]
         self.rank = torch.distributed.get_rank()
         self.world = torch.distributed.get_world_size()
+        self.zero_stage = int(ds.zero_optimization_stage())
+
+    def modules(self) -> list[tuple[str, torch.nn.Module]]:
+        """The module, and what stands before its tensors' names."""
+        return [("", self.ds.module)]
 
     def masters(self) -> list[torch.Tensor]:
         """The tensors that the inner optimiser steps, keys of its state."""

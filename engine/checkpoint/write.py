@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from millrace.core.rundir import fsync_folder
-from millrace.engine.checkpoint.slices import Adapter
+from millrace.engine.checkpoint.joint import AnyAdapter
 from millrace.engine.checkpoint.tensorfile import file_sha256, write_tensors
 from millrace.engine.owner import Ownership
+from millrace.engine.teacher import Teacher
 
 FORMAT = 2
-ENGINE = "model"  # one engine now; the key keeps a place for several
+ENGINE = "model"  # the main one of a run
 FILE_BYTES = 4 * 2**30  # of a file at most, but for its header
 
 
@@ -52,20 +53,25 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def owned_slices(adapter: Adapter) -> Iterator[Slice]:
+def slice_key(name: str, state: str) -> str:
+    """`engine|parameter|state` of a parameter's name, which tells its engine where that is not the main one."""
+    return f"{name}|{state}" if "|" in name else f"{ENGINE}|{name}|{state}"
+
+
+def owned_slices(adapter: AnyAdapter) -> Iterator[Slice]:
     """Views of all that this rank writes."""
     for held in adapter.owned():
         for state, view in held.views.items():
-            yield Slice(f"{ENGINE}|{held.name}|{state}", held.start, view)
+            yield Slice(slice_key(held.name, state), held.start, view)
 
 
-def facts(adapter: Adapter, step: int) -> dict[str, Any]:
+def facts(adapter: AnyAdapter, step: int) -> dict[str, Any]:
     """What the manifest says beside its files."""
     return {
         "format": FORMAT,
         "step": step,
         "world": adapter.world,
-        "zero_stage": adapter.ds.zero_optimization_stage(),
+        "zero_stage": adapter.zero_stage,
         "optimizer_steps": adapter.step_count(),
         "states": ["master", *adapter.state_tensors()],
         "params": {n: list(getattr(p, "ds_shape", p.shape)) for n, p in adapter.named},
@@ -120,26 +126,30 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int
     return write_tensors(path, shapes, tensors.__getitem__)
 
 
-def fixed_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+def fixed_tensors(adapter: AnyAdapter) -> dict[str, torch.Tensor]:
     """Persistent buffers and frozen parameters by name, what the optimiser does not step; call it on every rank.
 
-    Buffers are copied, for a step may change them while they are written. Frozen parameters are not, but for stage 3,
-    where they are gathered one by one, and copied on rank 0 only.
+    What a step may change while it is written is copied: buffers, and the parameters of a `Teacher`. Other frozen
+    parameters are not, but for stage 3, where they are gathered one by one, and copied on rank 0 only.
     """
-    module = adapter.ds.module
-    fixed = {n: b.detach().clone() for n, b in module.named_buffers() if _is_persistent(module, n)}
-    for name, param in module.named_parameters():
-        if param.requires_grad:
-            continue
-        if not hasattr(param, "ds_id"):
-            fixed[name] = param.detach()
-            continue
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([param]):
-            if adapter.rank == 0:
-                fixed[name] = param.detach().cpu().clone()
+    fixed: dict[str, torch.Tensor] = {}
+    for prefix, module in adapter.modules():
+        fixed |= {prefix + n: b.detach().clone() for n, b in module.named_buffers() if _is_persistent(module, n)}
+        moving = {id(p) for part in module.modules() if isinstance(part, Teacher) for p in part.parameters()}
+        for name, param in module.named_parameters():
+            if not param.requires_grad:
+                fixed |= _frozen(prefix + name, param, copies=id(param) in moving, main=adapter.rank == 0)
     return fixed
+
+
+def _frozen(name: str, param: torch.nn.Parameter, *, copies: bool, main: bool) -> dict[str, torch.Tensor]:
+    """A frozen parameter by its name; nothing on other ranks where it is partitioned."""
+    if not hasattr(param, "ds_id"):
+        return {name: param.detach().clone() if copies else param.detach()}
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([param]):
+        return {name: param.detach().cpu().clone()} if main else {}
 
 
 def _is_persistent(module: torch.nn.Module, name: str) -> bool:

@@ -2,23 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from millrace.eval.generate import continue_text
+from millrace.models.bridge import build_model, hf_config
+from millrace.models.counts import flops_per_token
 from millrace.models.heads import backbone_and_head, logits_transform
-from millrace.models.packing import document_inputs
+from millrace.models.packing import check_packable, document_inputs
+from millrace.pretrain.objectives.base import OneModule, Setting
 from millrace.pretrain.objectives.config import CausalLMConfig
 from millrace.pretrain.objectives.head_loss import LossHead
 
 
-class CausalLM(nn.Module):
+class CausalLM(OneModule):
+    """Predict every next token of every document."""
+
+    def __init__(self, model: Any, setting: Setting) -> None:
+        super().__init__(CausalLMModule(model, setting.objective))
+        self._model, self._setting = model, setting
+        self.name = setting.model.kind
+        self.flops_per_target = flops_per_token(model.config, setting.sequence_length)
+
+    @classmethod
+    def check(cls, setting: Setting) -> None:
+        check_packable(hf_config(setting.model, setting.tokenizer.vocab_size, setting.sequence_length).model_type)
+
+    @classmethod
+    def build(cls, setting: Setting) -> CausalLM:
+        vocabulary, length = setting.tokenizer.vocab_size, setting.sequence_length
+        return cls(build_model(setting.model, vocabulary, length, setting.seed, setting.zero3), setting)
+
+    def files(self) -> dict[str, str]:
+        return {"model/config.json": self._model.config.to_json_string(use_diff=False)}
+
+    def sampler(self) -> Callable[[], list[dict[str, Any]]] | None:
+        setting, model = self._setting, self._model
+        prompts = setting.eval.prompts
+        if not prompts:
+            return None
+
+        def sample() -> list[dict[str, Any]]:
+            tokens = setting.eval.sample_tokens
+            texts = continue_text(model, setting.tokenizer, prompts, tokens=tokens, seed=setting.seed)
+            return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+        return sample
+
+
+class CausalLMModule(nn.Module):
     """A causal model of `transformers` whose forward returns the loss summed over this micro-batch's targets.
 
     The sum, not the mean: the loop divides by the number of targets in the *global* batch, so that a step is the same
     whatever the accumulation and the number of ranks.
     """
+
+    figures = ("loss", "max_logit")
 
     def __init__(self, model: Any, config: CausalLMConfig) -> None:
         super().__init__()

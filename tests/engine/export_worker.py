@@ -21,8 +21,8 @@ from millrace.engine.distributed import join_world, leave_world, world_size
 from millrace.engine.pace import Pace
 from millrace.engine.zero import deepspeed_config
 from millrace.pretrain.config import PretrainConfig, resolve
-from millrace.pretrain.loop import _accumulate
-from millrace.pretrain.run import build_engine, build_loader_at, run_files
+from millrace.pretrain.loop import accumulate
+from millrace.pretrain.run import build_engines, build_loader_at, objective_of, run_files
 
 
 def run(config_path: str, scenario: dict[str, Any]) -> None:
@@ -35,18 +35,20 @@ def run(config_path: str, scenario: dict[str, Any]) -> None:
     world = join_world(settings)
     out = Path(scenario["out"])
     with build_loader_at(config, world, None) as loader:
-        engine, model = build_engine(config, world, settings, loader.tokenizer.vocab_size)
+        kind, setting = objective_of(config, settings, loader.tokenizer)
+        objective = kind.build(setting)
+        engine = build_engines(config, world, objective)
         batch = next(loader)
         (tokens,) = world.sum(batch.local_tokens)
-        _accumulate(engine, batch.micro_batches, tokens, Pace(world, []))
+        accumulate(objective, engine, batch.micro_batches, tokens, Pace(world, []))
         engine.step(0.02)
-        files = run_files(config, model.config, loader.tokenizer)
+        files = run_files(config, objective, loader.tokenizer)
         extra = {"trainer": {"step": 1, "loader": loader.state.to_dict()}, "files": files}
         save_checkpoint(out / "checkpoints", 1, engine.adapter, world, extra)
     ids_BT = torch.arange(128).reshape(2, 64) * 7 % 300
-    engine.ds.eval()
+    engine.train(False)
     with torch.no_grad():
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        logits_BTV = engine.main.module.model(input_ids=ids_BT, use_cache=False).logits
     if world.main:
         save_file({"ids": ids_BT, "logits": logits_BTV.float().contiguous()}, out / "logits.safetensors")
     world.barrier()

@@ -21,14 +21,15 @@ from millrace.core.process import run_process
 from millrace.data.state import LoaderState
 from millrace.engine.checkpoint.read import digest, load_checkpoint, open_verified
 from millrace.engine.checkpoint.saver import save_checkpoint
-from millrace.engine.distributed import World, join_world, leave_world, world_size
-from millrace.engine.engine import Engine
+from millrace.engine.distributed import join_world, leave_world, world_size
+from millrace.engine.engines import Engines
 from millrace.engine.pace import Pace
 from millrace.engine.precision import choose_precision
 from millrace.engine.zero import deepspeed_config
 from millrace.pretrain.config import PretrainConfig, resolve
-from millrace.pretrain.loop import _accumulate
-from millrace.pretrain.run import build_engine, build_loader_at
+from millrace.pretrain.loop import accumulate
+from millrace.pretrain.objectives.base import Objective
+from millrace.pretrain.run import build_engines, build_loader_at, objective_of
 
 
 def run(config_path: str, scenario: dict[str, Any]) -> dict[str, Any]:
@@ -43,9 +44,10 @@ def run(config_path: str, scenario: dict[str, Any]) -> dict[str, Any]:
     )
     world = join_world(settings)
     with build_loader_at(config, world, None) as probe:
-        vocab = probe.tokenizer.vocab_size
-    engine, _ = build_engine(config, world, settings, vocab)
-    result: dict[str, Any] = {"name": scenario["name"], "wrapper": type(engine.ds.optimizer).__name__}
+        kind, setting = objective_of(config, settings, probe.tokenizer)
+    objective = kind.build(setting)
+    engine = build_engines(config, world, objective)
+    result: dict[str, Any] = {"name": scenario["name"], "wrapper": type(engine.main.ds.optimizer).__name__}
     state = None
     if scenario.get("load"):
         checkpoint = open_verified(Path(scenario["load"]), world)
@@ -55,11 +57,12 @@ def run(config_path: str, scenario: dict[str, Any]) -> dict[str, Any]:
     if scenario.get("load") or scenario.get("digest"):
         engine.adapter.allocate()
         result["loaded"] = digest(engine.adapter, world)
-    result |= train(config, world, engine, state, scenario)
+    result |= train(config, objective, engine, state, scenario)
     return result
 
 
-def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str, Any]) -> dict[str, Any]:
+def train(config: Any, objective: Objective, engine: Engines, state: Any, scenario: dict[str, Any]) -> dict[str, Any]:
+    world = engine.world
     losses, spans, norms, targets, rows, gradient = [], [], [], [], [], []
     with build_loader_at(config, world, state) as loader:
         for number in range(scenario["steps"]):
@@ -70,7 +73,7 @@ def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str
                 spoil(engine, batch, float(spoilt[str(number)]))
                 continue
             (tokens,) = world.sum(batch.local_tokens)
-            nll, _, square = _accumulate(engine, batch.micro_batches, tokens, Pace(world, []))
+            figures, square = accumulate(objective, engine, batch.micro_batches, tokens, Pace(world, []))
             grads = engine.norms(gradients=True)
             if scenario.get("gradient") and not gradient:
                 from deepspeed.utils import safe_get_full_grad
@@ -80,10 +83,10 @@ def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str
             targets.append(int(tokens))
             rows += [int((m.labels_BT != -100).sum()) for m in batch.micro_batches]
             engine.step(config.optim.lr)
-            stepped = engine.ds.get_global_grad_norm()  # what DeepSpeed found, where it looks
+            stepped = engine.main.ds.get_global_grad_norm()  # what DeepSpeed found, where it looks
             norms.append([world.sum(square)[0] ** 0.5, sum(v * v for v in grads.values()) ** 0.5])
             norms[-1] += [] if stepped is None else [float(stepped)]
-            losses.append(float(world.sum(nll)[0] / tokens).hex())
+            losses.append(float(world.sum(figures["loss"])[0] / tokens).hex())
             spans.append(batch.spans)
         if scenario.get("save"):
             trainer = {"loader": loader.state.to_dict()}
@@ -92,12 +95,12 @@ def train(config: Any, world: World, engine: Any, state: Any, scenario: dict[str
     return {**figures, "gradient": gradient, "after": digest(engine.adapter, world)}
 
 
-def spoil(engine: Engine, batch: Any, factor: float) -> None:
+def spoil(engine: Engines, batch: Any, factor: float) -> None:
     """Backward of the batch with its loss multiplied on rank 0 alone, and then none of it."""
     for number, micro in enumerate(batch.micro_batches):
-        nll, _ = engine.forward(micro)
+        nll, _ = engine.main.forward(micro)
         mine = factor if engine.world.main else 1.0
-        engine.backward(nll * mine, 1.0, last=number == len(batch.micro_batches) - 1)
+        engine.main.backward(nll * mine, 1.0, last=number == len(batch.micro_batches) - 1)
     engine.discard()
 
 

@@ -24,6 +24,7 @@ from millrace.data.stores.waiting import Patience
 from millrace.engine.checkpoint import download, saver, write
 from millrace.engine.checkpoint.upload import Uploader
 from millrace.engine.distributed import World
+from millrace.engine.engine import Engine
 from millrace.pretrain import loop, uploads
 from millrace.pretrain import run as pretrain_run
 from millrace.pretrain.config import PretrainConfig
@@ -39,20 +40,20 @@ def due(fault: dict[str, Any]) -> bool:
 
 def loss(fault: dict[str, Any]) -> None:
     """The loss, and with it the gradient, is multiplied by `factor` (a number, "nan" or "inf")."""
-    forward = loop.Engine.forward
+    forward = Engine.forward
 
     def faulty(self: Any, micro: Any) -> Any:
         nll, metrics = forward(self, micro)
         factor = float(fault["factor"]) if due(fault) else 1.0
         return nll * factor, metrics * factor
 
-    loop.Engine.forward = faulty  # type: ignore[method-assign]
+    Engine.forward = faulty  # type: ignore[method-assign]
 
 
 SITES: dict[str, tuple[Any, str]] = {
-    "forward": (loop.Engine, "forward"),
+    "forward": (Engine, "forward"),
     "all-reduce": (World, "sum"),
-    "optimiser": (loop.Engine, "step"),
+    "optimiser": (Engine, "step"),
     "save": (write, "write_tensors"),
     "commit": (write, "fsync_folder"),
 }
@@ -108,14 +109,14 @@ def decides_alone(fault: dict[str, Any]) -> None:
 
 def slow(fault: dict[str, Any]) -> None:
     """Forward passes take longer by so many seconds."""
-    forward = loop.Engine.forward
+    forward = Engine.forward
 
     def faulty(self: Any, micro: Any) -> Any:
         if due(fault):
             time.sleep(fault["seconds"])
         return forward(self, micro)
 
-    loop.Engine.forward = faulty  # type: ignore[method-assign]
+    Engine.forward = faulty  # type: ignore[method-assign]
 
 
 def slow_disk(fault: dict[str, Any]) -> None:
@@ -132,17 +133,17 @@ def slow_disk(fault: dict[str, Any]) -> None:
 
 def flip(fault: dict[str, Any]) -> None:
     """One bit of one weight turns over as the step begins."""
-    forward = loop.Engine.forward
+    forward = Engine.forward
 
     def faulty(self: Any, micro: Any) -> Any:
         if due(fault) and not fault.get("done"):
             fault["done"] = True
             with torch.no_grad():
-                weight = next(iter(self.objective.parameters()))
+                weight = next(iter(self.module.parameters()))
                 weight.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << fault["bit"])
         return forward(self, micro)
 
-    loop.Engine.forward = faulty  # type: ignore[method-assign]
+    Engine.forward = faulty  # type: ignore[method-assign]
 
 
 def impatient(fault: dict[str, Any]) -> None:
@@ -168,7 +169,7 @@ KINDS = {
 
 def count_steps() -> None:
     """Keep `NOW`."""
-    fit, accumulate = pretrain_run.fit, loop._accumulate
+    fit, accumulate = pretrain_run.fit, loop.accumulate
 
     def counted_fit(parts: Any) -> int:
         NOW["step"] = parts.point.step
@@ -178,7 +179,7 @@ def count_steps() -> None:
         NOW["step"] += 1
         return accumulate(*arguments)
 
-    pretrain_run.fit, loop._accumulate = counted_fit, counted_accumulate
+    pretrain_run.fit, loop.accumulate = counted_fit, counted_accumulate
 
 
 def main() -> int:

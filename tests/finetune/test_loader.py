@@ -16,7 +16,7 @@ from millrace.data.stream import Deal
 from millrace.finetune.examples import Example
 from millrace.finetune.loader import ExampleLoader, Layout, heldout_batches, split
 from millrace.finetune.sections import InstructConfig
-from millrace.pretrain.objectives.causal_lm import CausalLM
+from millrace.pretrain.objectives.causal_lm import CausalLMModule
 from tests.handmade import small_model
 
 LENGTH = 32
@@ -142,7 +142,7 @@ def test_split_keeps_equal_examples_together() -> None:
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
 def test_packed_examples_have_the_loss_that_they_have_alone(kind: str) -> None:
     examples = make(9, seed=3)
-    objective = CausalLM(small_model(kind), InstructConfig())
+    objective = CausalLMModule(small_model(kind), InstructConfig())
 
     def losses(pack: bool) -> tuple[float, int]:
         batches = heldout_batches(examples, Layout(LENGTH, pack, 0, once=True), Deal(1, 1, 0, 1), pad=0, max_rows=None)
