@@ -44,6 +44,7 @@ class MicroBatch:
     position_ids_BT: torch.Tensor  # int64, 0 at the start of every span and of the padding
     row_spans: list[np.ndarray]  # (sample, start, end) of the spans of each row, int64 (S, 3)
     media: list[Media] = field(default_factory=list)
+    seeds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))  # of what is random about each row
 
     @cached_property
     def seq_lens(self) -> list[list[int]]:
@@ -75,6 +76,7 @@ class SampleBatch:
     lengths: dict[str, torch.Tensor]
     samples: list[int]
     good: list[bool]
+    seeds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))  # of what is random about each
 
     @property
     def nbytes(self) -> int:

@@ -91,7 +91,7 @@ class Opened:
         documents = Documents(
             self.corpus, self.tokenizer, config.max_bad_samples, config.threads, config.rows != "samples"
         )
-        return Builder(self.stream(documents, share), documents, self.tokenizer)
+        return Builder(self.stream(documents, share), documents, self.tokenizer, self.spec.seed)
 
     def stream(self, documents: Expecting, share: Share | None = None) -> RowStream:
         """The plan of the stream; `documents` hears what this rank will need."""
@@ -114,8 +114,8 @@ class Opened:
 class Builder:
     """Builds the steps of a share one after the other."""
 
-    def __init__(self, stream: RowStream, documents: Documents, tokenizer: Tokenizer) -> None:
-        self.documents, self._stream, self._tokenizer = documents, stream, tokenizer
+    def __init__(self, stream: RowStream, documents: Documents, tokenizer: Tokenizer, seed: int) -> None:
+        self.documents, self._stream, self._tokenizer, self._seed = documents, stream, tokenizer, seed
 
     def steps(self, state: LoaderState) -> Iterator[tuple[Frame, LoaderState]]:
         """The steps after `state` that are the share's, without end, and the state after each.
@@ -146,9 +146,9 @@ class Builder:
         parts = [[row for part in self._stream.my_rows(step) for row in part] for step in planned]
         rows, length = list(itertools.chain.from_iterable(parts)), planned[0].sequence_length
         if length == SAMPLES:
-            built = [stack_samples(part, self.documents) for part in parts]
+            built = [stack_samples(part, self.documents, self._seed) for part in parts]
         else:
-            arrays = pack_rows(rows, self.documents, self._tokenizer.eos_id, length)
+            arrays = pack_rows(rows, self.documents, self._tokenizer.eos_id, length, self._seed)
             size = len(parts[0])
             built = [cut_rows(arrays, at, at + size) for at in range(0, len(rows), size)]
         meta = {"micro_batch": self._stream.deal.micro_batch, "eos_id": self._tokenizer.eos_id}

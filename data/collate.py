@@ -12,6 +12,7 @@ import numpy as np
 from millrace.data.batch import IGNORED, Media, MicroBatch, SampleBatch, StepBatch
 from millrace.data.documents import Documents
 from millrace.data.frames import Frame
+from millrace.data.order import row_seeds
 from millrace.data.parts import Medium
 from millrace.data.state import LoaderState
 
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 Arrays = dict[str, np.ndarray]
 
 
-def pack_rows(rows: Sequence[np.ndarray], documents: Documents, eos_id: int, sequence_length: int) -> Arrays:
-    """Arrays of packed rows; a bad document becomes padding of its planned length.
+def pack_rows(rows: Sequence[np.ndarray], documents: Documents, eos_id: int, sequence_length: int, seed: int) -> Arrays:
+    """Arrays of packed rows; a bad document becomes padding of its planned length. `seed` is the stream's.
 
     Returns:
         `inputs`, `labels`, `positions`: int32 of shape (rows, sequence_length); `row_spans`: (sample, start, end) of
         all rows, int64 of shape (S, 3); `bytes`: of text that the targets of each stand for, int64 of shape (S,);
         `offsets`: where each row's spans begin in them, int64 of shape (rows + 1,);
+        `seeds`: of what is random about each row, uint64 of shape (rows,);
         `media_at`: (row, start, positions) of every medium, int64 of shape (M, 3), and each as `image/N` or `audio/N`.
     """
     planned, padding = np.concatenate(rows), np.full(sequence_length, eos_id, np.int32)
@@ -48,6 +50,7 @@ def pack_rows(rows: Sequence[np.ndarray], documents: Documents, eos_id: int, seq
         labels[row * sequence_length + start - 1 :][: medium.positions] = IGNORED  # nothing there to predict
         arrays[f"{medium.role}/{number}"] = medium.value
         media_at.append((row, start, medium.positions))
+    arrays["seeds"] = row_seeds(rows, seed)
     arrays["media_at"] = np.array(media_at, np.int64).reshape(-1, 3)
     for name, flat in (("inputs", inputs), ("labels", labels), ("positions", room.positions())):
         arrays[name] = flat.reshape(-1, sequence_length)
@@ -60,7 +63,7 @@ def cut_rows(arrays: Arrays, first: int, stop: int) -> Arrays:
         return arrays
     offsets = arrays["offsets"][first : stop + 1]
     spans = slice(offsets[0], offsets[-1])
-    cut = {name: arrays[name][first:stop] for name in ("inputs", "labels", "positions")}
+    cut = {name: arrays[name][first:stop] for name in ("inputs", "labels", "positions", "seeds")}
     cut |= {name: arrays[name][spans] for name in ("row_spans", "bytes")}
     return cut | {"offsets": offsets - offsets[0], "media_at": arrays["media_at"]}
 
@@ -142,9 +145,10 @@ def _windows(planned: np.ndarray) -> Iterator[tuple[int, int]]:
     return itertools.pairwise([0, *borders.tolist(), len(planned)] if len(planned) else [])
 
 
-def stack_samples(rows: Sequence[np.ndarray], documents: Documents) -> Arrays:
-    """Arrays of rows that are one sample each: `samples`, `good` (both (rows,)) and each value as `ROLE/ROW`."""
+def stack_samples(rows: Sequence[np.ndarray], documents: Documents, seed: int) -> Arrays:
+    """Arrays of rows that are one sample each: `samples`, `good`, `seeds` (all (rows,)), each value as `ROLE/ROW`."""
     arrays: Arrays = {"samples": np.full(len(rows), -1), "good": np.zeros(len(rows), bool)}
+    arrays["seeds"] = row_seeds(rows, seed)
     planned, there = np.concatenate(list(rows)), [number for number, row in enumerate(rows) if len(row)]
     for first, stop in _windows(planned):
         here, samples = there[first:stop], planned[first:stop, 0]
@@ -174,7 +178,7 @@ def to_micro_batch(arrays: Mapping[str, np.ndarray], first: int = 0, stop: int |
         for role in ("image", "audio")
         if first <= row < stop and f"{role}/{number}" in arrays
     ]
-    return MicroBatch(inputs, labels, positions, rows, media)
+    return MicroBatch(inputs, labels, positions, rows, media, arrays["seeds"][first:stop])
 
 
 def to_sample_batch(arrays: Mapping[str, np.ndarray], first: int, stop: int, eos_id: int) -> SampleBatch:
@@ -197,7 +201,8 @@ def to_sample_batch(arrays: Mapping[str, np.ndarray], first: int, stop: int, eos
             padded[number, : counts[number]] = () if row is None else row
         values[role] = _pinned(torch.from_numpy(padded).long() if role == "tokens" else torch.from_numpy(padded))
         lengths[role] = torch.tensor(counts)
-    return SampleBatch(values, lengths, arrays["samples"][first:stop].tolist(), arrays["good"][first:stop].tolist())
+    samples, good = (arrays[name][first:stop].tolist() for name in ("samples", "good"))
+    return SampleBatch(values, lengths, samples, good, arrays["seeds"][first:stop])
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:

@@ -222,7 +222,7 @@ def heldout_batches(
         rows += len(step.rows)
         if any(len(row) for row in step.rows):
             mine = stream.my_rows(step)[0]
-            arrays = pack_rows(mine, documents, tokenizer.eos_id, config.sequence_length)
+            arrays = pack_rows(mine, documents, tokenizer.eos_id, config.sequence_length, _HELDOUT_SEED)
             yield to_micro_batch(arrays), int(arrays["bytes"].sum())
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
-_BLOCKS, _SAMPLES = 1, 2
+_BLOCKS, _SAMPLES, _ROW_SEEDS = 1, 2, 4  # 3 is the rows' of millrace.data.stream
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -36,6 +36,18 @@ def derive_key(*parts: int) -> int:
     for part in parts:
         key = _mix(key ^ np.uint64(part & _MASK))
     return int(key[0])
+
+
+def row_seeds(rows: Sequence[np.ndarray], seed: int) -> np.ndarray:
+    """A number for each row of planned spans (see `stream`) from which all that is random about it is drawn; uint64.
+
+    Of the run's seed, the window, and the row's first span; so it is another when a sample comes again.
+    """
+    first = np.array([row[0] if len(row) else np.zeros(6, np.int64) for row in rows], np.int64).astype(np.uint64)
+    key = np.full(len(rows), derive_key(seed, _ROW_SEEDS), np.uint64)
+    for column in (5, 0, 1):  # window, sample, start
+        key = _mix(key ^ first[:, column])
+    return key
 
 
 def _half_bits(sizes: np.ndarray) -> np.ndarray:

@@ -68,6 +68,31 @@ class Tokenizer:
         text = json.dumps([kept, self.bos_id, self.eos_id], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def extended(self, tokens: Mapping[str, str], others: Sequence[str] = ()) -> Tokenizer:
+        """The tokenizer with special tokens behind its vocabulary, by what transformers calls them ("mask_token").
+
+        Those that it has already stay what they are. `others` have no such name.
+        """
+        config = self._saved_config()
+        named = {name: token for name, token in tokens.items() if config.get(name) is None}
+        if others:
+            named["additional_special_tokens"] = [*config.get("additional_special_tokens", ()), *others]  # type: ignore[assignment]
+        behind = [token for name, token in named.items() if name in tokens] + list(others)
+        added = [
+            {"id": self.vocab_size + number, "content": token, "special": True, "normalized": False}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+            for number, token in enumerate(behind)
+        ]
+        spec = self._spec | {"added_tokens": [*self._spec.get("added_tokens", ()), *added]}
+        return Tokenizer(spec, config | named, "the extended tokenizer")
+
+    def special(self, name: str) -> int:
+        """The id of a special token by what transformers calls it."""
+        given = self._config[name]
+        found = self.backend.token_to_id(given["content"] if isinstance(given, Mapping) else given)
+        assert found is not None, name
+        return int(found)
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids (int32, shape (n,)) of each text, without border tokens.
 
@@ -113,17 +138,20 @@ class Tokenizer:
             lengths[number] = 0 if added.special else len(added.content.encode())
         return lengths
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json and tokenizer_config.json for `AutoTokenizer.from_pretrained`."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        config = self._config or {
+    def _saved_config(self) -> dict[str, Any]:
+        return self._config or {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.backend.id_to_token(self.bos_id),
             "eos_token": self.backend.id_to_token(self.eos_id),
             "clean_up_tokenization_spaces": False,
         }
-        write_atomic(target / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json and tokenizer_config.json for `AutoTokenizer.from_pretrained`."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        config = json.dumps(self._saved_config(), indent=2, ensure_ascii=False)
+        write_atomic(target / "tokenizer_config.json", config)
         write_atomic(target / "tokenizer.json", json.dumps(self._spec, ensure_ascii=False))
 
 

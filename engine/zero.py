@@ -83,13 +83,17 @@ def gather_by_block(model: nn.Module) -> None:
     """Let ZeRO 3 gather and release the weights of a whole transformer block at once, as FSDP does, before `Engine`.
 
     Hooks of every layer inside it would cost 8% of a step, and break a compiled graph at each of them. Only where all
-    weights are trained: DeepSpeed releases such a block too early where its input needs no gradient, as with adapters.
+    weights are trained: DeepSpeed releases such a block too early where its input needs no gradient, as with adapters;
+    so a block that holds an embedding, which may be the first, is not one of them.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
-    blocks = getattr(model, "_no_split_modules", None) or ()
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in blocks and any(isinstance(part, nn.Embedding) for part in module.modules()):
+            blocks.remove(type(module).__name__)
     if all(p.requires_grad for p in model.parameters()):
-        set_z3_leaf_modules(model, list(blocks), raise_if_not_found=False)
+        set_z3_leaf_modules(model, sorted(blocks), raise_if_not_found=False)
 
 
 def _user_config(config: EngineConfig) -> tuple[dict[str, Any], str]:

@@ -20,12 +20,16 @@ class Measured(Protocol):
         """Names of the figures."""
         ...
 
+    def view(self, micro: Any) -> Any:
+        """What it makes of a micro-batch."""
+        ...
+
     def measure(self, micro: Any, engines: Engines) -> Mapping[str, torch.Tensor]:
-        """Figures of a micro-batch, by name."""
+        """Figures of a view, by name."""
         ...
 
     def targets(self, micro: Any) -> int:
-        """Targets of a micro-batch."""
+        """Targets of a view."""
         ...
 
 
@@ -53,9 +57,10 @@ def evaluate(objective: Measured, engines: Engines, batches: Iterable[tuple[Any,
     names = [name for name in objective.figures if not name.startswith("max_")]
     sums, tokens, size = dict.fromkeys(names, 0.0), 0, 0
     for micro, covered in batches:
-        found = objective.measure(micro, engines)
+        view = objective.view(micro)
+        found = objective.measure(view, engines)
         sums = {name: have + float(found[name]) for name, have in sums.items()}
-        tokens += objective.targets(micro)
+        tokens += objective.targets(view)
         size += covered
     engines.train()
     all_tokens, all_bytes, *added = engines.world.sum(tokens, size, *sums.values())

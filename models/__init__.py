@@ -12,6 +12,7 @@ if __name__ != "millrace.models":
 
 # kind → an `Architecture` record; see `millrace.models.architecture`.
 REGISTRY = {
+    "bert": "millrace.models.architecture:ENCODER",
     "cohere": "millrace.models.architecture:GATED",
     "gemma2": "millrace.models.architecture:GEMMA2",
     "gpt2": "millrace.models.architecture:PLAIN",

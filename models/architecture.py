@@ -33,6 +33,8 @@ MIXTRAL = Architecture(mlp="experts")
 QWEN3_MOE = Architecture(mlp="experts", expert_size_key="moe_intermediate_size")
 # Gemma 2 soft-caps attention scores, which only the eager attention does.
 GEMMA2 = Architecture(mlp="gated", attention="eager", documents=False)
+# Their masks are made by what trains them: see `pretrain.objectives.masked_lm`.
+ENCODER = Architecture(mlp="plain", documents=False)
 RECURRENT = Architecture(packable=False, documents=False, why_not="its recurrent state runs on across document borders")
 
 

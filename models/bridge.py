@@ -12,12 +12,18 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     PretrainedConfig,
     PreTrainedModel,
     initialization,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 
 from millrace.core.errors import UserError, did_you_mean
 from millrace.models import attention
@@ -29,7 +35,24 @@ from millrace.models.weights import hub_file, load_weights
 VOCABULARY_MULTIPLE = 64
 
 
-def hf_config(config: ModelConfig, vocab_size: int, sequence_length: int) -> PretrainedConfig:
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What a text model of transformers is for: its automatic class, and the architectures that have one."""
+
+    what: str
+    auto: Any
+    mapping: Any
+    examples: str
+
+
+CAUSAL = Family("causal language model", AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, "qwen3, llama or gpt2")
+MASKED = Family("masked language model", AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING, "bert or modernbert")
+SEQ2SEQ = Family(
+    "sequence-to-sequence model", AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "t5 or bart"
+)
+
+
+def hf_config(config: ModelConfig, vocab_size: int, sequence_length: int, family: Family = CAUSAL) -> PretrainedConfig:
     """The transformers configuration of `[model]`, for a tokenizer of `vocab_size` tokens.
 
     What `model.config` leaves out: sizes come from `model.depth` (see `depth_sizes`), the vocabulary is
@@ -41,7 +64,7 @@ def hf_config(config: ModelConfig, vocab_size: int, sequence_length: int) -> Pre
         UserError: unknown kind or key, a value that transformers refuses, a vocabulary or context that is too
         small.
     """
-    cls = _config_class(config)
+    cls = _config_class(config, family)
     given = _canonical(config.config, cls)
     if config.init == "random":
         built = _fresh(config, cls, given, (vocab_size, sequence_length))
@@ -55,7 +78,7 @@ def hf_config(config: ModelConfig, vocab_size: int, sequence_length: int) -> Pre
     _check_positions(config, built, sequence_length)
     built.use_cache = False  # a cache would silence the document masks that packing relies on
     built.dtype = torch.float32  # a folder may name another; the engine decides about precision
-    built._attn_implementation = _attention(config, built)
+    built._attn_implementation = _attention(config, built, family)
     return built
 
 
@@ -65,8 +88,9 @@ def build_model(
     sequence_length: int,
     seed: int,
     zero3_config: dict[str, Any] | None = None,
+    family: Family = CAUSAL,
 ) -> PreTrainedModel:
-    """A causal language model in training mode, fp32 on CPU, or partitioned when `zero3_config` is given.
+    """A model of `family` in training mode, fp32 on CPU, or partitioned when `zero3_config` is given.
 
     Random weights are drawn module by module after seeding with (`seed`, module name), so they are equal at
     every ZeRO stage and world size. With `zero3_config` (a DeepSpeed configuration of stage 3;
@@ -77,16 +101,30 @@ def build_model(
     Raises:
         UserError: as `hf_config`; or, for `model.init`, weights that do not fit the architecture, by name.
     """
-    built = hf_config(config, vocab_size, sequence_length)
+    built = hf_config(config, vocab_size, sequence_length, family)
+
+    def make() -> PreTrainedModel:
+        made: PreTrainedModel = family.auto.from_config(built, attn_implementation=built._attn_implementation)
+        return made
+
+    if config.init == "random":
+        return construct(make, seed, zero3_config)
+    model = construct(make, None, zero3_config)
+    load_weights(model, config.init)
+    return model
+
+
+def construct(
+    make: Callable[[], PreTrainedModel], seed: int | None, zero3_config: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """What `make` makes, in training mode, with weights drawn as `build_model` says, or undefined without a seed."""
     with _construction(zero3_config), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(built, attn_implementation=built._attn_implementation)
+        torch.manual_seed(seed or 0)
+        model = make()
     model.tie_weights()
     clear_padding(model)
-    if config.init == "random":
+    if seed is not None:
         draw_weights(model, seed)
-    else:
-        load_weights(model, config.init)
     return model.train()
 
 
@@ -129,22 +167,21 @@ def _empty_is_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _config_class(config: ModelConfig) -> type[PretrainedConfig]:
+def _config_class(config: ModelConfig, family: Family) -> type[PretrainedConfig]:
     if config.init != "random":
         folder = _checked(lambda: AutoConfig.from_pretrained(hub_file(config.init, "config.json")))
         cls = type(folder)
     elif config.kind in CONFIG_MAPPING:
         cls = CONFIG_MAPPING[config.kind]
     else:
-        known = [c.model_type for c in MODEL_FOR_CAUSAL_LM_MAPPING]
+        known = [c.model_type for c in family.mapping]
         raise UserError(
             f"model.kind = '{config.kind}' is no architecture of the installed transformers"
-            f"{did_you_mean(config.kind, known) or '; qwen3, llama and gpt2 are some of them'}"
+            f"{did_you_mean(config.kind, known) or f'; take {family.examples}, say'}"
         )
-    if cls not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if cls not in family.mapping:
         raise UserError(
-            f"model.kind = '{cls.model_type}' is no causal language model in transformers; "
-            "take one such as qwen3, llama or gpt2"
+            f"model.kind = '{cls.model_type}' is no {family.what} in transformers; take one such as {family.examples}"
         )
     return cls
 
@@ -178,8 +215,8 @@ def _fresh(
     defaults: dict[str, Any] = {
         "vocab_size": -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
         "max_position_embeddings": sequence_length,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
-        **{key: 0.0 for key in fields if "pdrop" in key or key.endswith("dropout")},
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")),
+        **{key: 0.0 for key in fields if "pdrop" in key or "dropout" in key},
     }
     if config.depth is not None:
         names = ("hidden_size", "num_attention_heads", "num_experts_per_tok")
@@ -222,10 +259,10 @@ def _origin(config: ModelConfig, key: str) -> str:
     return f"in {config.init}/config.json"
 
 
-def _attention(config: ModelConfig, built: PretrainedConfig) -> str:
+def _attention(config: ModelConfig, built: PretrainedConfig, family: Family) -> str:
     record = architecture(built.model_type)
     wanted = config.attention
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(built)]
+    model_class: Any = family.mapping[type(built)]
     plain = "sdpa" if model_class._supports_sdpa else "eager"
     if wanted == "auto":
         if record is None:

@@ -78,14 +78,15 @@ def fit(parts: Parts) -> int:
             at("data", number)
             began = time.perf_counter()
             batch = next(steps)
+            views = [parts.objective.view(micro) for micro in batch.micro_batches]
             waited = time.perf_counter() - began
             at("collective", number)
-            tokens, size, bad, asked, writing = _agree(parts, batch, bool(stop))
+            tokens, size, bad, asked, writing = _agree(parts, batch, views, bool(stop))
             if asked:
                 break
             lr = config.optim.lr * config.schedule.factor(point, duration)
             at("first" if point is parts.point else "step", number)
-            figures, square = accumulate(parts.objective, engine, batch.micro_batches, tokens, pace)
+            figures, square = accumulate(parts.objective, engine, views, tokens, pace)
             tracked = _due(Duration(config.track.norms_every, "steps"), point, Point(point.step + 1))
             gradients = engine.norms(gradients=True) if tracked else None
             # Rank 0's clock is everybody's: what is due by time must be due on all ranks. The time of the optimiser,
@@ -130,10 +131,11 @@ def fit(parts: Parts) -> int:
         return _finish(parts, point, stop, progress, unsaved=point.step > last_saved)
 
 
-def _agree(parts: Parts, batch: Any, asked: bool) -> list[float]:
+def _agree(parts: Parts, batch: Any, views: list[Any], asked: bool) -> list[float]:
     """One all-reduce before the first backward: [targets, their text, bad samples, asked to stop, still writing]."""
-    targets = parts.objective.count(batch)
-    mine = (targets, batch.local_bytes, len(batch.quarantined), asked, parts.saver.writing)
+    targets = sum(parts.objective.targets(view) for view in views)
+    size = batch.local_bytes if parts.objective.of_text else 0
+    mine = (targets, size, len(batch.quarantined), asked, parts.saver.writing)
     *agreed, lost = parts.engine.world.sum(*mine, parts.owner.lost())
     if lost:
         raise taken_over(parts.rundir.path)
@@ -141,10 +143,10 @@ def _agree(parts: Parts, batch: Any, asked: bool) -> list[float]:
 
 
 def accumulate(
-    objective: Objective, engine: Engines, micro_batches: list[Any], tokens: float, pace: Pace
+    objective: Objective, engine: Engines, views: list[Any], tokens: float, pace: Pace
 ) -> tuple[dict[str, float], float]:
     """Forward and backward of every loss of a step; this rank's (figures by name, share of |gradient|²)."""
-    losses, found = objective.losses(micro_batches, engine), []
+    losses, found = objective.losses(views, engine), []
     while True:
         with pace.forward():
             loss = next(losses, None)

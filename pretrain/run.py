@@ -93,7 +93,7 @@ def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precisi
                 rundir=rundir,
                 owner=owner,
                 tracker=tracker,
-                files=run_files(config, objective, tokenizer),
+                files=run_files(config, objective),
                 peak_flops=peak,
                 heldout=_heldout(config, world),
                 sample=objective.sampler(),
@@ -148,6 +148,7 @@ def objective_of(
         eval=config.eval,
         tokenizer=tokenizer,
         sequence_length=config.data.sequence_length,
+        rows=config.data.rows,
         seed=config.run.seed,
         zero3={**settings, "train_batch_size": config.train.batch} if stage == 3 else None,
     )
@@ -187,11 +188,13 @@ def _claim(config: PretrainConfig, rundir: RunDir, identity: dict[str, Any]) -> 
     return run_id
 
 
-def run_files(config: PretrainConfig, objective: Objective, tokenizer: Tokenizer) -> dict[str, str]:
+def run_files(config: PretrainConfig, objective: Objective) -> dict[str, str]:
     """The text files that later stages need beside the weights, by their name in a checkpoint."""
     files = {"config.toml": to_toml(config), **objective.files()}
+    if objective.tokenizer is None:
+        return files
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
+        objective.tokenizer.save(folder)
         for path in Path(folder).iterdir():
             files[f"tokenizer/{path.name}"] = path.read_text(encoding="utf-8")
     return files

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from millrace.data.batch import IGNORED
 from millrace.engine.checkpoint.write import ENGINE as MAIN
 from millrace.engine.engines import Engines
 
@@ -33,6 +34,7 @@ class Setting:
     eval: EvalSection
     tokenizer: Tokenizer
     sequence_length: int
+    rows: str  # data.rows
     seed: int
     zero3: dict[str, Any] | None = None  # DeepSpeed's configuration where modules are partitioned as they are built
 
@@ -63,8 +65,10 @@ class Objective:
     # The loss that the run is judged by comes first. One called max_… is the largest of all, the others are summed
     # over targets and given for each.
     figures: tuple[str, ...] = ("loss",)
+    of_text: bool = True  # whether a step's targets stand for all bytes of its text
     flops_per_target: float | None = None  # of training; without it utilisation is not known
     name: str = ""  # of what is trained, for people
+    tokenizer: Tokenizer | None = None  # for later stages; it may know more tokens than the corpus's
 
     def __init__(self, modules: Mapping[str, nn.Module], factors: Mapping[str, float] | None = None) -> None:
         """`modules` by the name of the engine of each; `factors` of the learning rate, where one is not 1."""
@@ -84,7 +88,7 @@ class Objective:
         raise NotImplementedError
 
     def losses(self, micros: Sequence[Any], engines: Engines) -> Iterator[Loss]:
-        """The losses of this rank's micro-batches of a step, one at a time: each is run backward before the next.
+        """The losses of this rank's views of a step, one at a time: each is run backward before the next is asked for.
 
         Every rank gives as many, for the same engines in the same order, whatever its batches hold.
         """
@@ -97,22 +101,25 @@ class Objective:
         return dict(zip(self.figures, found.unbind(), strict=True))
 
     def measure(self, micro: Any, engines: Engines) -> Figures:
-        """The figures of a micro-batch of held-out samples, in evaluation mode and without a gradient."""
+        """The figures of a view of held-out samples, in evaluation mode and without a gradient."""
         return self.named(engines.main.forward(micro)[1])
 
-    def count(self, batch: Any) -> float:
-        """Targets of this rank's `StepBatch`; the step's gradient is the mean over those of all ranks."""
-        return float(batch.local_tokens)
+    def view(self, micro: Any) -> Any:
+        """What the objective makes of a micro-batch of the loader before anything is counted: words hidden, say.
+
+        What is random about a row is drawn from its seed in `micro.seeds`, so that a step is the same on any ranks.
+        """
+        return micro
 
     def targets(self, micro: Any) -> int:
-        """Targets of a micro-batch."""
-        return sum(micro.good) if hasattr(micro, "good") else int((micro.labels_BT != -100).sum())
+        """Targets of a micro-batch's view; a step's gradient is the mean over those of all ranks."""
+        return sum(micro.good) if hasattr(micro, "good") else int((micro.labels_BT != IGNORED).sum())
 
     def end_step(self, engines: Engines, *, taken: bool) -> None:
         """After the optimisers' step, or after one that was not taken; on every rank."""
 
     def files(self) -> dict[str, str]:
-        """Text files that later stages need beside the weights, by their name in a checkpoint."""
+        """Text files that later stages need beside weights and tokenizer, by their name in a checkpoint."""
         return {}
 
     def sampler(self) -> Callable[[], list[dict[str, Any]]] | None:
@@ -126,6 +133,12 @@ class OneModule(Objective):
     def __init__(self, module: nn.Module) -> None:
         super().__init__({MAIN: module})
         self.figures = tuple(module.figures)  # type: ignore[arg-type,union-attr]
+
+
+def model_files(model: Any) -> dict[str, str]:
+    """What `transformers` needs to build a model again."""
+    model.config.architectures = [type(model).__name__]
+    return {"model/config.json": model.config.to_json_string(use_diff=False)}
 
 
 def gather(found: Sequence[Figures], names: Sequence[str], device: torch.device) -> Tensor:

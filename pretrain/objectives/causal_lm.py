@@ -13,7 +13,7 @@ from millrace.models.bridge import build_model, hf_config
 from millrace.models.counts import flops_per_token
 from millrace.models.heads import backbone_and_head, logits_transform
 from millrace.models.packing import check_packable, document_inputs
-from millrace.pretrain.objectives.base import OneModule, Setting
+from millrace.pretrain.objectives.base import OneModule, Setting, model_files
 from millrace.pretrain.objectives.config import CausalLMConfig
 from millrace.pretrain.objectives.head_loss import LossHead
 
@@ -24,12 +24,14 @@ class CausalLM(OneModule):
     def __init__(self, model: Any, setting: Setting) -> None:
         super().__init__(CausalLMModule(model, setting.objective))
         self._model, self._setting = model, setting
-        self.name = setting.model.kind
+        self.name, self.tokenizer = setting.model.kind, setting.tokenizer
         self.flops_per_target = flops_per_token(model.config, setting.sequence_length)
 
     @classmethod
     def check(cls, setting: Setting) -> None:
-        check_packable(hf_config(setting.model, setting.tokenizer.vocab_size, setting.sequence_length).model_type)
+        kind = hf_config(setting.model, setting.tokenizer.vocab_size, setting.sequence_length).model_type
+        if setting.rows == "packed":
+            check_packable(kind)
 
     @classmethod
     def build(cls, setting: Setting) -> CausalLM:
@@ -37,7 +39,7 @@ class CausalLM(OneModule):
         return cls(build_model(setting.model, vocabulary, length, setting.seed, setting.zero3), setting)
 
     def files(self) -> dict[str, str]:
-        return {"model/config.json": self._model.config.to_json_string(use_diff=False)}
+        return model_files(self._model)
 
     def sampler(self) -> Callable[[], list[dict[str, Any]]] | None:
         setting, model = self._setting, self._model

@@ -20,3 +20,30 @@ class CausalLMConfig:
     def __post_init__(self) -> None:
         if self.z_loss < 0 or self.chunk < 0:
             raise UserError(f"[objective] needs z_loss >= 0 and chunk >= 0, not {self.z_loss} and {self.chunk}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskedLMConfig:
+    """Hide tokens and guess them from both sides (BERT)."""
+
+    kind: Literal["masked_lm"] = option("masked_lm", "which objective")
+    share: float = option(0.15, "of the tokens that are hidden; 0.3 is often better (arXiv:2202.08005)")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise UserError(f"objective.share = {self.share}: give a share between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpanCorruptionConfig:
+    """Write what stood in the gaps of a text (T5)."""
+
+    kind: Literal["span_corruption"] = option("span_corruption", "which objective")
+    share: float = option(0.15, "of the tokens that are replaced")
+    span: float = option(3.0, "tokens of a gap, on average")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1 or self.span < 1:
+            raise UserError(
+                f"[objective] needs a share between 0 and 1 and a span of 1 or more, not {self.share} and {self.span}"
+            )

@@ -42,7 +42,7 @@ def run(config_path: str, scenario: dict[str, Any]) -> None:
         (tokens,) = world.sum(batch.local_tokens)
         accumulate(objective, engine, batch.micro_batches, tokens, Pace(world, []))
         engine.step(0.02)
-        files = run_files(config, objective, loader.tokenizer)
+        files = run_files(config, objective)
         extra = {"trainer": {"step": 1, "loader": loader.state.to_dict()}, "files": files}
         save_checkpoint(out / "checkpoints", 1, engine.adapter, world, extra)
     ids_BT = torch.arange(128).reshape(2, 64) * 7 % 300

@@ -72,8 +72,9 @@ def train(config: Any, objective: Objective, engine: Engines, state: Any, scenar
             if str(number) in (spoilt := scenario.get("spoilt", {})):
                 spoil(engine, batch, float(spoilt[str(number)]))
                 continue
-            (tokens,) = world.sum(batch.local_tokens)
-            figures, square = accumulate(objective, engine, batch.micro_batches, tokens, Pace(world, []))
+            views = [objective.view(micro) for micro in batch.micro_batches]
+            (tokens,) = world.sum(sum(objective.targets(view) for view in views))
+            figures, square = accumulate(objective, engine, views, tokens, Pace(world, []))
             grads = engine.norms(gradients=True)
             if scenario.get("gradient") and not gradient:
                 from deepspeed.utils import safe_get_full_grad

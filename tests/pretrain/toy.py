@@ -1,7 +1,7 @@
 """An objective with everything that one may have: a generator and an adversary, a teacher and a codebook.
 
-x (B, 8) is reconstructed through the nearest of 16 codes, which follow their samples; the adversary tells it from x, and
-a teacher's reconstruction is pulled towards. One file, and one line in each table of `millrace.pretrain.objectives`.
+x (B, 8) is reconstructed through the nearest of 16 codes, which follow their samples; the adversary tells it from x,
+and a teacher's reconstruction is pulled towards. One file, and a line in each table of `millrace.pretrain.objectives`.
 """
 
 from __future__ import annotations

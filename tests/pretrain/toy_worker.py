@@ -27,7 +27,7 @@ from millrace.engine.zero import deepspeed_config
 from millrace.pretrain.loop import accumulate
 
 sys.path.append(str(Path(__file__).parents[2]))
-from tests.pretrain.toy import Toy  # noqa: E402 (a script finds what lies beside it only)
+from tests.pretrain.toy import Toy
 
 ROWS = 8
 
