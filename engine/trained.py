@@ -15,7 +15,9 @@ from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initialization
 
 from millrace.core.errors import UserError
+from millrace.core.registry import load
 from millrace.engine.checkpoint.read import Checkpoint, open_verified
+from millrace.models import CLASSES
 
 # An objective keeps the model that it trains under this name; what else it holds is its own.
 PREFIX = "model."
@@ -42,11 +44,7 @@ class Trained:
             raise UserError(
                 f"{checkpoint.path} has no model/config.json; it was not written by `millrace pretrain` or `finetune`"
             )
-        config = AutoConfig.from_pretrained(folder)
-        (name, *_) = config.architectures or ["AutoModelForCausalLM"]
-        if not hasattr(transformers, name):
-            raise UserError(f"{folder}/config.json names the class {name}, unknown to the installed transformers")
-        trained = cls(checkpoint, config, getattr(transformers, name))
+        trained = cls(checkpoint, *_config_and_class(folder))
         trained._check()
         return trained
 
@@ -117,6 +115,17 @@ class Trained:
                 f"{self.checkpoint.path}: its weights and its model/config.json do not belong together: {name} is "
                 f"{found.get(name)} in the weights and {wanted.get(name)} in the model ({len(odd)} such tensors)"
             )
+
+
+def _config_and_class(folder: Path) -> tuple[PretrainedConfig, Any]:
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (name, *_) = written.get("architectures") or ["AutoModelForCausalLM"]
+    if name in CLASSES:
+        own = load(CLASSES[name])
+        return own.config_class.from_pretrained(folder), own
+    if not hasattr(transformers, name):
+        raise UserError(f"{folder}/config.json names the class {name}, unknown to the installed transformers")
+    return AutoConfig.from_pretrained(folder), getattr(transformers, name)
 
 
 def _named(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -10,6 +10,11 @@ if __name__ != "millrace.models":
         f"import millrace.models, not {__name__}: a bare import would load a second copy with a second registry"
     )
 
+# Our own models, by what the configuration of a saved one names; those of transformers need no entry.
+CLASSES = {
+    "LstmForCausalLM": "millrace.models.lstm:LstmForCausalLM",
+}
+
 # kind → an `Architecture` record; see `millrace.models.architecture`.
 REGISTRY = {
     "bert": "millrace.models.architecture:ENCODER",
@@ -19,6 +24,7 @@ REGISTRY = {
     "gpt_neox": "millrace.models.architecture:PLAIN",
     "granite": "millrace.models.architecture:GATED",
     "llama": "millrace.models.architecture:GATED",
+    "lstm": "millrace.models.architecture:RECURRENT",
     "mamba2": "millrace.models.architecture:RECURRENT",
     "mistral": "millrace.models.architecture:GATED",
     "mixtral": "millrace.models.architecture:MIXTRAL",

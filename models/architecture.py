@@ -14,7 +14,8 @@ class Architecture:
     """One family.
 
     `mlp` tells the depth dial how wide the feed-forward part is (None: the dial does not size this family).
-    `packable` means that `packed == alone` is tested; `why_not` is the reason otherwise.
+    `packable` means that `packed == alone` is tested; `why_not` is the reason otherwise. `masked` is a family of
+    masked language models, tested as those, with the masks of `pretrain.objectives.masked_lm`.
     `documents` means that the attention of `millrace.models.attention` was proven equal to the mask.
     `attention` names the only implementation that computes the family right, None if any does.
     """
@@ -25,6 +26,7 @@ class Architecture:
     documents: bool = True
     attention: str | None = None
     why_not: str = ""
+    masked: bool = False
 
 
 GATED = Architecture(mlp="gated")
@@ -33,8 +35,7 @@ MIXTRAL = Architecture(mlp="experts")
 QWEN3_MOE = Architecture(mlp="experts", expert_size_key="moe_intermediate_size")
 # Gemma 2 soft-caps attention scores, which only the eager attention does.
 GEMMA2 = Architecture(mlp="gated", attention="eager", documents=False)
-# Their masks are made by what trains them: see `pretrain.objectives.masked_lm`.
-ENCODER = Architecture(mlp="plain", documents=False)
+ENCODER = Architecture(mlp="plain", documents=False, masked=True)
 RECURRENT = Architecture(packable=False, documents=False, why_not="its recurrent state runs on across document borders")
 
 

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 
 from millrace.core.errors import UserError, did_you_mean
 from millrace.models import attention
+from millrace.models import lstm as lstm  # registers itself with transformers
 from millrace.models.architecture import architecture, depth_sizes
 from millrace.models.config import ModelConfig
 from millrace.models.initial import clear_padding, draw_weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,20 +12,23 @@ from millrace.core.registry import load
 from millrace.models import REGISTRY, attention
 
 # Each has a test that a document's logits in a packed row equal those of the document alone, to 1e-5.
-PACKABLE = frozenset(kind for kind, target in REGISTRY.items() if load(target).packable)
+_PROVEN = {kind: load(target) for kind, target in REGISTRY.items()}
+PACKABLE = frozenset(kind for kind, found in _PROVEN.items() if found.packable and not found.masked)
+PACKABLE_MASKED = frozenset(kind for kind, found in _PROVEN.items() if found.packable and found.masked)
 
 
-def check_packable(kind: str) -> None:
+def check_packable(kind: str, proven: Collection[str] = PACKABLE) -> None:
     """Refuse packed rows for an architecture whose documents would see each other.
 
     Raises:
-        UserError: `kind` (a transformers `model_type`) is not in `PACKABLE`.
+        UserError: `kind` (a transformers `model_type`) is not in `proven`.
     """
-    if kind in PACKABLE:
+    if kind in proven:
         return
     why = load(REGISTRY[kind]).why_not if kind in REGISTRY else "nobody has proven that its documents stay apart"
     raise UserError(
-        f"model.kind = '{kind}' cannot be trained on packed documents: {why}; take one of {', '.join(sorted(PACKABLE))}"
+        f"model.kind = '{kind}' cannot be trained on packed documents: {why}; set data.rows = 'alone', or take one of "
+        f"{', '.join(sorted(proven))}"
     )
 
 

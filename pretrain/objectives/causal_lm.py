@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,43 +16,6 @@ from millrace.models.packing import check_packable, document_inputs
 from millrace.pretrain.objectives.base import OneModule, Setting, model_files
 from millrace.pretrain.objectives.config import CausalLMConfig
 from millrace.pretrain.objectives.head_loss import LossHead
-
-
-class CausalLM(OneModule):
-    """Predict every next token of every document."""
-
-    def __init__(self, model: Any, setting: Setting) -> None:
-        super().__init__(CausalLMModule(model, setting.objective))
-        self._model, self._setting = model, setting
-        self.name, self.tokenizer = setting.model.kind, setting.tokenizer
-        self.flops_per_target = flops_per_token(model.config, setting.sequence_length)
-
-    @classmethod
-    def check(cls, setting: Setting) -> None:
-        kind = hf_config(setting.model, setting.tokenizer.vocab_size, setting.sequence_length).model_type
-        if setting.rows == "packed":
-            check_packable(kind)
-
-    @classmethod
-    def build(cls, setting: Setting) -> CausalLM:
-        vocabulary, length = setting.tokenizer.vocab_size, setting.sequence_length
-        return cls(build_model(setting.model, vocabulary, length, setting.seed, setting.zero3), setting)
-
-    def files(self) -> dict[str, str]:
-        return model_files(self._model)
-
-    def sampler(self) -> Callable[[], list[dict[str, Any]]] | None:
-        setting, model = self._setting, self._model
-        prompts = setting.eval.prompts
-        if not prompts:
-            return None
-
-        def sample() -> list[dict[str, Any]]:
-            tokens = setting.eval.sample_tokens
-            texts = continue_text(model, setting.tokenizer, prompts, tokens=tokens, seed=setting.seed)
-            return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
-
-        return sample
 
 
 class CausalLMModule(nn.Module):
@@ -89,3 +52,42 @@ class CausalLMModule(nn.Module):
         backbone, head = self.model.base_model, self.model.get_output_embeddings()
         hidden_BTD = backbone(input_ids=input_ids_BT, **documents).last_hidden_state
         return head(hidden_BTD, labels=labels_BT)
+
+
+class CausalLM(OneModule):
+    """Predict every next token of every document."""
+
+    module: ClassVar[type[CausalLMModule]] = CausalLMModule
+
+    def __init__(self, model: Any, setting: Setting) -> None:
+        super().__init__(self.module(model, setting.objective))
+        self._model, self._setting = model, setting
+        self.name, self.tokenizer = setting.model.kind, setting.tokenizer
+        self.flops_per_target = flops_per_token(model.config, setting.sequence_length)
+
+    @classmethod
+    def check(cls, setting: Setting) -> None:
+        kind = hf_config(setting.model, setting.tokenizer.vocab_size, setting.sequence_length).model_type
+        if setting.rows == "packed":
+            check_packable(kind)
+
+    @classmethod
+    def build(cls, setting: Setting) -> CausalLM:
+        vocabulary, length = setting.tokenizer.vocab_size, setting.sequence_length
+        return cls(build_model(setting.model, vocabulary, length, setting.seed, setting.zero3), setting)
+
+    def files(self) -> dict[str, str]:
+        return model_files(self._model)
+
+    def sampler(self) -> Callable[[], list[dict[str, Any]]] | None:
+        setting, model = self._setting, self._model
+        prompts = setting.eval.prompts
+        if not prompts:
+            return None
+
+        def sample() -> list[dict[str, Any]]:
+            tokens = setting.eval.sample_tokens
+            texts = continue_text(model, setting.tokenizer, prompts, tokens=tokens, seed=setting.seed)
+            return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+        return sample

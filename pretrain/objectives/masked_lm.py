@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from millrace.data.batch import IGNORED, MicroBatch
+from millrace.data.tokenizer import Tokenizer
 from millrace.models.bridge import MASKED, build_model, hf_config
-from millrace.models.packing import check_packable
+from millrace.models.packing import PACKABLE_MASKED, check_packable
 from millrace.pretrain.objectives.base import OneModule, Setting, model_files
 
 MASK = {"mask_token": "<|mask|>"}
@@ -25,6 +26,7 @@ class MaskedLM(OneModule):
     """Guess the tokens that were hidden, from both sides."""
 
     of_text = False
+    tokenizer: Tokenizer
 
     def __init__(self, model: Any, setting: Setting) -> None:
         super().__init__(MaskedLMModule(model))
@@ -36,7 +38,7 @@ class MaskedLM(OneModule):
         vocabulary = setting.tokenizer.extended(MASK).vocab_size
         kind = hf_config(setting.model, vocabulary, setting.sequence_length, MASKED).model_type
         if setting.rows == "packed":
-            check_packable(kind)
+            check_packable(kind, PACKABLE_MASKED)
 
     @classmethod
     def build(cls, setting: Setting) -> MaskedLM:

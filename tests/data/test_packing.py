@@ -30,9 +30,11 @@ def test_equals_the_brute_force(lengths: list[int], capacity: int) -> None:
     assert best_fit_decreasing(np.array(lengths, int), capacity) == reference_bfd(lengths, capacity)
 
 
-@given(COSTS, st.integers(2, 32), st.booleans(), st.integers(0, 2**64 - 1))
-def test_every_position_is_in_exactly_one_span(costs: list[int], capacity: int, best_fit: bool, key: int) -> None:
-    packs = pack(np.array(costs, int), capacity, best_fit, key)
+@given(COSTS, st.integers(2, 32), st.booleans(), st.integers(0, 2**64 - 1), st.booleans())
+def test_every_position_is_in_exactly_one_span(
+    costs: list[int], capacity: int, best_fit: bool, key: int, alone: bool
+) -> None:
+    packs = pack(np.array(costs, int), capacity, best_fit, key, alone=alone)
     positions = [(slot, at) for slot, start, end in packs.spans.tolist() for at in range(start, end)]
     assert sorted(positions) == [(slot, at) for slot, cost in enumerate(costs) for at in range(cost)]
     lengths = packs.spans[:, 2] - packs.spans[:, 1]
@@ -76,3 +78,10 @@ def test_packing_is_dense_and_mixes_lengths() -> None:
     assert packs.efficiency > 0.99
     first = packs.spans[packs.offsets[:-1], 2] - packs.spans[packs.offsets[:-1], 1]
     assert abs(np.corrcoef(np.arange(len(first)), first)[0, 1]) < 0.2
+
+
+@given(COSTS, st.integers(2, 32), st.integers(0, 2**64 - 1))
+def test_alone_every_span_has_a_row(costs: list[int], capacity: int, key: int) -> None:
+    packs = pack(np.array(costs, int), capacity, True, key, alone=True)
+    assert packs.offsets.tolist() == list(range(len(packs.spans) + 1))
+    assert sorted(packs.spans.tolist()) == cut(np.array(costs, np.int64), capacity).tolist()

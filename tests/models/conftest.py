@@ -14,6 +14,7 @@ from millrace.models.config import ModelConfig
 
 # Sizes of the families that the depth dial does not size.
 SIZES = {
+    "lstm": {"hidden_size": 64, "num_hidden_layers": 2},
     "mamba2": {
         "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1,
         "chunk_size": 16,

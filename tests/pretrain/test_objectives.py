@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ OBJECTIVES = {
         'model.kind="recurrent_gemma"', *_SMALL, "model.config.num_key_value_heads=1",
         "model.config.num_hidden_layers=3", "model.config.lru_width=32", "model.config.intermediate_size=64", _ALONE,
     ],
+    "lstm": ['model.kind="lstm"', "model.config.hidden_size=32", _ALONE],
     "mamba2": [
         'model.kind="mamba2"', "model.config.hidden_size=32", "model.config.num_hidden_layers=2",
         "model.config.num_heads=4", "model.config.head_dim=16", "model.config.state_size=16", "model.config.n_groups=1",
