@@ -19,10 +19,10 @@ SOURCES = {
     "text": "millrace.data.sources.text:TextSource",
 }
 
-# A decoder turns an encoded value of a role into an array.
-DECODERS = {
-    "image": "millrace.data.decoders.image:decode",
-    "audio": "millrace.data.decoders.audio:decode",
+# What samples hold beside text and tokens, by role.
+MODALITIES = {
+    "image": "millrace.data.modalities.image:ImageModality",
+    "audio": "millrace.data.modalities.audio:AudioModality",
 }
 
 # A store opens a blob by its URL; the key is the URL's scheme.

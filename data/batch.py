@@ -67,9 +67,10 @@ class MicroBatch:
 class SampleBatch:
     """Whole samples, one in a row, for objectives that do not pack.
 
-    `values` by role: `image` uint8 (B, height, width, 3), or a list of (height, width, 3) where sizes differ; `audio`
-    float32 (B, longest), padded with zeros; `tokens` int64 (B, longest), padded with [EOS]. `lengths` are those of the
-    unpadded `audio` and `tokens`, int64 (B,). A bad sample has zeros, and is not `good`.
+    `values` by role, or by the name of a view (`data.views`): `image` uint8 (B, height, width, 3), or a list of
+    (height, width, 3) where sizes differ; `audio` float32 (B, longest), padded with zeros; `tokens` int64 (B, longest),
+    padded with [EOS]. `lengths` are those of the unpadded `audio` and `tokens`, int64 (B,). A bad sample has zeros, and
+    is not `good`.
     """
 
     values: dict[str, torch.Tensor | list[torch.Tensor]]

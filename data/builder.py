@@ -89,8 +89,9 @@ class Opened:
         """What builds this rank's part, or a worker's share of it."""
         config = self.spec.config
         documents = Documents(
-            self.corpus, self.tokenizer, config.max_bad_samples, config.threads, config.rows != "samples"
-        )
+            self.corpus, self.tokenizer, config.max_bad_samples, config.threads, config.rows != "samples",
+            config.views_by_role(), self.spec.seed,
+        )  # fmt: skip
         return Builder(self.stream(documents, share), documents, self.tokenizer, self.spec.seed)
 
     def stream(self, documents: Expecting, share: Share | None = None) -> RowStream:

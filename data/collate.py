@@ -157,8 +157,9 @@ def stack_samples(rows: Sequence[np.ndarray], documents: Documents, seed: int) -
         for number in np.flatnonzero(taken.good).tolist():
             media, begin, row = taken.media.get(number, ()), int(taken.starts[number]), here[number]
             arrays |= {f"{medium.role}/{row}": medium.value for medium in media}
-            text = 1 + sum(medium.positions for medium in media)
-            arrays[f"tokens/{row}"] = taken.tokens[begin + text : begin + int(taken.lengths[number])]
+            if documents.text:
+                text = 1 + sum(medium.positions for medium in media)
+                arrays[f"tokens/{row}"] = taken.tokens[begin + text : begin + int(taken.lengths[number])]
     return arrays
 
 
@@ -172,12 +173,12 @@ def to_micro_batch(arrays: Mapping[str, np.ndarray], first: int = 0, stop: int |
     inputs, labels, positions = (
         _pinned(torch.from_numpy(arrays[name][first:stop]).long()) for name in ("inputs", "labels", "positions")
     )
-    media = [
-        Media(role, row - first, start, count, _pinned(torch.from_numpy(arrays[f"{role}/{number}"])))
-        for number, (row, start, count) in enumerate(arrays["media_at"].tolist())
-        for role in ("image", "audio")
-        if first <= row < stop and f"{role}/{number}" in arrays
-    ]
+    media = []
+    for name, value in arrays.items():
+        role, _, number = name.partition("/")
+        row, start, count = arrays["media_at"][int(number)].tolist() if number else (-1, 0, 0)
+        if first <= row < stop:
+            media.append(Media(role, row - first, start, count, _pinned(torch.from_numpy(value))))
     return MicroBatch(inputs, labels, positions, rows, media, arrays["seeds"][first:stop])
 
 
@@ -187,16 +188,16 @@ def to_sample_batch(arrays: Mapping[str, np.ndarray], first: int, stop: int, eos
 
     values: dict[str, torch.Tensor | list[torch.Tensor]] = {}
     lengths: dict[str, torch.Tensor] = {}
-    for role, fill in (("image", 0), ("audio", 0), ("tokens", eos_id)):
+    for role in dict.fromkeys(name.partition("/")[0] for name in arrays if "/" in name):
         rows = [arrays.get(f"{role}/{number}") for number in range(first, stop)]
         there = [row for row in rows if row is not None]
         if not there:
             continue
-        if role == "image":
-            values[role] = _images([there[0] * 0 if row is None else row for row in rows])
+        if there[0].ndim > 1:
+            values[role] = _stack([there[0] * 0 if row is None else row for row in rows])
             continue
         counts = [0 if row is None else len(row) for row in rows]
-        padded = np.full((len(rows), max(counts)), fill, there[0].dtype)
+        padded = np.full((len(rows), max(counts)), eos_id if role == "tokens" else 0, there[0].dtype)
         for number, row in enumerate(rows):
             padded[number, : counts[number]] = () if row is None else row
         values[role] = _pinned(torch.from_numpy(padded).long() if role == "tokens" else torch.from_numpy(padded))
@@ -212,7 +213,7 @@ def _pinned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
-def _images(rows: list[np.ndarray]) -> Any:
+def _stack(rows: list[np.ndarray]) -> Any:
     import torch
 
     if len({row.shape for row in rows}) == 1:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from millrace.core.config import build, option, section
 from millrace.core.units import Duration, parse_count
+from millrace.data.modalities.base import View, modality, names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +93,9 @@ class DataConfig:
     window: int = option(1024, "samples that are packed together (fewer where the documents are long)")
     shuffle_blocks: int = option(16, "blocks (row groups, runs of lines) whose samples are mixed")
     pack: bool = option(True, "best-fit packing; false concatenates in order and cuts")
+    views: list[dict[str, Any]] = option(
+        [], "what samples' media become: [{role = 'image', size = 32, scale = [0.4, 1.0], flip = true}, …]"
+    )
     workers: int = option(0, "processes of each rank that read, decode and tokenise; 0: a thread of the rank does")
     threads: int = option(4, "threads that read and decode, in each of them")
     prefetch: int = option(64 * 2**20, "batches prepared ahead, in bytes for each rank; 0: none", unit="bytes")
@@ -104,5 +108,24 @@ class DataConfig:
         for name, least in atleast.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least {least}")
+        if self.views and self.rows != "samples":
+            raise ValueError(f"views are for rows = 'samples', not '{self.rows}'")
+        self.views_by_role()
         if self.max_bad_samples is not None and self.max_bad_samples < 0:
             raise ValueError(f"max_bad_samples = {self.max_bad_samples} must not be negative")
+
+    def views_by_role(self) -> dict[str, list[View]]:
+        """The views of each modality.
+
+        Raises:
+            ValueError: one without a role, two of one name, or an option that its modality does not have.
+        """
+        found: dict[str, list[View]] = {}
+        for given in self.views:
+            if not isinstance(given.get("role"), str):
+                raise ValueError(f"views: {given} has no role; say which modality it is of, such as role = 'image'")
+            found.setdefault(given["role"], []).append(build(modality(given["role"]).view, given))
+        called = [name for role, views in found.items() for name in names(views, role)]
+        if twice := {name for name in called if called.count(name) > 1}:
+            raise ValueError(f"views: {' and '.join(sorted(twice))} is the name of several; give each a name of its own")
+        return found

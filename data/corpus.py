@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from millrace.core.errors import UserError
-from millrace.data import DECODERS
+from millrace.data import MODALITIES
 from millrace.data.index import CHUNK, COLUMNS, Entries
 from millrace.data.manifest import Manifest
 from millrace.data.order import Blocks
@@ -50,7 +50,8 @@ class Corpus:
         self.tokens = sum(m.tokens for m in self.manifests)  # targets in an epoch; 0 when not counted
         self.counted = all(m.counted for m in self.manifests)
         self.costs = first.costs  # rules of media
-        self.media = any(role in first.columns for role in DECODERS)
+        self.media = any(role in first.columns for role in MODALITIES)
+        self.text = "text" in first.columns or "tokens" in first.columns
         self.fingerprints = tuple(m.fingerprint for m in self.manifests)
 
     @classmethod

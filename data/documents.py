@@ -17,6 +17,8 @@ from millrace.core.errors import UserError
 from millrace.data.corpus import Corpus
 from millrace.data.costs import Costs
 from millrace.data.index import ascending
+from millrace.data.modalities.base import View
+from millrace.data.order import row_seeds
 from millrace.data.parts import Encoded, Medium, Part, build_part, join_parts, tokens_part
 from millrace.data.readahead import read_ahead
 from millrace.data.reader import ShardReader
@@ -64,16 +66,20 @@ def bad_budget(corpus: Corpus, max_bad: int | None) -> int:
 class Documents:
     """Documents of a corpus."""
 
-    def __init__(
-        self, corpus: Corpus, tokenizer: Tokenizer, max_bad: int | None = None, threads: int = 1, packed: bool = True
-    ) -> None:
-        """`max_bad`: as for `bad_budget`. Media take positions only where documents are `packed`."""
+    def __init__(  # noqa: PLR0913 (the loader's options)
+        self, corpus: Corpus, tokenizer: Tokenizer, max_bad: int | None = None, threads: int = 1, packed: bool = True,
+        views: Mapping[str, Sequence[View]] | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        """`max_bad`: as for `bad_budget`. Media take positions only where documents are `packed`. `views` by modality:
+        what is taken of media instead of the media themselves; `seed` is the stream's.
+        """
         self.reader = ShardReader(corpus)
         self.read_ahead = read_ahead(self.reader)
         self._threads, self._pool = threads, ThreadPoolExecutor(threads, thread_name_prefix="millrace-read")
         self._corpus, self._tokenizer = corpus, tokenizer
         self._costs = Costs.stored(corpus.costs) if packed else None
         self._budget = bad_budget(corpus, max_bad)
+        self._views, self._seed = dict(views or {}), seed
         self._shelves: dict[int, _Shelf] = {}
         self._bad: dict[int, str] = {}
         self._refused: dict[int, str] = {}
@@ -83,6 +89,11 @@ class Documents:
     def media(self) -> bool:
         """Whether documents have images or sounds."""
         return self._corpus.media
+
+    @property
+    def text(self) -> bool:
+        """Whether documents have text or tokens."""
+        return self._corpus.text
 
     def expect(self, window: int, samples: np.ndarray) -> None:
         """Announce that each of `samples` (with repetitions) will be taken once for `window`; begin to read them."""
@@ -119,7 +130,7 @@ class Documents:
         starts = part.offsets[places]
         lengths = part.offsets[places + 1] - starts
         good = (lengths > 0) if costs is None else (lengths - 1 == costs)
-        media, broken = self._decode(part, places) if part.media else ({}, {})
+        media, broken = self._decode(window, shelf, places) if part.media else ({}, {})
         if unfit := self._bad.keys() | self._refused.keys() | {int(shelf.samples[place]) for place in broken}:
             good &= [sample not in unfit for sample in samples.tolist()]
         for number in () if good.all() else np.flatnonzero(~good).tolist():
@@ -133,15 +144,36 @@ class Documents:
         found = {n: media[place] for n, place in enumerate(places.tolist()) if place in media} if media else {}
         return Taken(part.tokens, starts, lengths, good, found)
 
-    def _decode(self, part: Part, places: np.ndarray) -> tuple[dict[int, tuple[Medium, ...]], dict[int, str]]:
+    def _decode(
+        self, window: int, shelf: _Shelf, places: np.ndarray
+    ) -> tuple[dict[int, tuple[Medium, ...]], dict[int, str]]:
         """Media at `places`, decoded in threads, and why those at others cannot be."""
-        encoded = {place: part.media[place] for place in places.tolist() if place in part.media}
-        samples, together = list(encoded.values()), -(-len(encoded) // (_TURNS * self._threads)) or 1
+        found = shelf.part.media
+        encoded = {place: found[place] for place in places.tolist() if place in found}
+        samples, together = list(encoded.items()), -(-len(encoded) // (_TURNS * self._threads)) or 1
         runs = [samples[at : at + together] for at in range(0, len(samples), together)]
-        decode = self._pool.map if self._threads > 1 else map
-        decoded = dict(zip(encoded, itertools.chain.from_iterable(decode(_decode, runs)), strict=True))
+        decode, look = self._pool.map if self._threads > 1 else map, partial(self._look, window, shelf.samples)
+        decoded = dict(zip(encoded, itertools.chain.from_iterable(decode(look, runs)), strict=True))
         media = {place: one for place, one in decoded.items() if not isinstance(one, str)}
         return media, {place: one for place, one in decoded.items() if isinstance(one, str)}
+
+    def _look(
+        self, window: int, numbers: np.ndarray, samples: Iterable[tuple[int, Iterable[Encoded]]]
+    ) -> list[tuple[Medium, ...] | str]:
+        """Media of samples (place in `numbers`, media), or views of them; or why there are none."""
+        found: list[tuple[Medium, ...] | str] = []
+        for place, media in samples:
+            try:
+                if not self._views:
+                    found.append(tuple(medium.decode() for medium in media))
+                    continue
+                span = np.array([[numbers[place], 0, 0, 0, 0, window]])
+                seed = int(row_seeds([span], self._seed)[0])
+                views = (medium.views(self._views.get(medium.role, ()), seed) for medium in media)
+                found.append(tuple(itertools.chain.from_iterable(views)))
+            except ValueError as error:
+                found.append(str(error))
+        return found
 
     def close(self) -> None:
         """End the threads; what is still being read is waited for."""
@@ -182,13 +214,3 @@ class Documents:
                 f" allows; last: sample {sample} of {self._corpus.shard_url(sample)}: {why}. Prepare the data again, "
                 "or raise data.max_bad_samples"
             )
-
-
-def _decode(samples: Iterable[Iterable[Encoded]]) -> list[tuple[Medium, ...] | str]:
-    found: list[tuple[Medium, ...] | str] = []
-    for media in samples:
-        try:
-            found.append(tuple(medium.decode() for medium in media))
-        except ValueError as error:
-            found.append(str(error))
-    return found

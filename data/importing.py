@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from millrace.core.console import warn
 from millrace.core.errors import UserError
 from millrace.core.rundir import write_atomic
+from millrace.data import MODALITIES
 from millrace.data.dataset_files import DatasetName, read_json, shard_name
 from millrace.data.dataset_values import Inside, value_of
 from millrace.data.index import publish
@@ -109,7 +110,7 @@ def _close(shard: _Shard, state: _State, folder: Path) -> _State:
 
 
 def _schema(options: Import, rows: DatasetRows) -> pa.Schema:
-    types = {"text": pa.string(), "image": pa.binary(), "audio": pa.binary()}
+    types = {"text": pa.string(), **dict.fromkeys(MODALITIES, pa.binary())}
     return pa.schema(
         (column, types.get(role) or pa.list_(rows.token_type(column) or pa.int64()))
         for role, column in options.columns.items()

@@ -8,16 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from millrace.core.registry import lookup
-from millrace.data import DECODERS
+from millrace.data import MODALITIES
 from millrace.data.costs import Costs
+from millrace.data.modalities.base import View, modality, names
 from millrace.data.sources.base import BadSample, Content, Record
 from millrace.data.sources.values import without_borders
 from millrace.data.tokenizer import Tokenizer
 
 
 class Medium(NamedTuple):
-    """A decoded image, uint8 (height, width, 3), or sound, float32 (frames,), and the positions that stand for it."""
+    """What was decoded, an image uint8 (height, width, 3) or a sound float32 (frames,), say, or a view of it, and the
+    positions that stand for it."""
 
     role: str
     value: np.ndarray
@@ -40,10 +41,21 @@ class Encoded(NamedTuple):
             ValueError: why it cannot be decoded.
         """
         try:
-            value = lookup({self.role: DECODERS[self.role]}, self.role, "decoder")(self.raw)
+            value = modality(self.role).decode(self.raw)
         except ValueError as error:
             raise ValueError(f"the {self.role} cannot be decoded: {error}") from None
         return Medium(self.role, value, self.start, self.positions)
+
+    def views(self, wanted: Sequence[View], seed: int) -> Iterator[Medium]:
+        """Decode it, and look at it in the ways of its modality that are `wanted`, all that is random from `seed`.
+
+        Raises:
+            ValueError: why it cannot be decoded, or looked at.
+        """
+        whole, random = self.decode(), np.random.default_rng(seed)
+        for view in wanted:
+            for name in names([view], self.role):
+                yield Medium(name, view.make(whole.value, self.raw, random), self.start, self.positions)
 
 
 @dataclass
@@ -76,7 +88,7 @@ def build_part(contents: Sequence[Content], tokenizer: Tokenizer, costs: Costs |
     """
     part = Part(np.empty(0, np.int32), np.zeros(len(contents) + 1, np.int64), bad=_bad(contents))
     good = {number: one for number, one in enumerate(contents) if not isinstance(one, BadSample)}
-    roles = [role for role in DECODERS if good and role in next(iter(good.values()))]
+    roles = [role for role in MODALITIES if good and role in next(iter(good.values()))]
     heads, texts = np.ones(len(contents), np.int64), {}
     for (number, record), ids in zip(good.items(), _ids(list(good.values()), tokenizer), strict=True):
         try:
@@ -154,7 +166,7 @@ def _media(record: Mapping[str, object], roles: Sequence[str], costs: Costs | No
         raw = record[role]
         assert isinstance(raw, bytes)
         try:
-            positions = getattr(costs, role).positions(raw) if costs else 0
+            positions = costs[role].positions(raw) if costs else 0
         except ValueError as error:
             raise ValueError(f"the {role} cannot be decoded: {error}") from None
         yield Encoded(role, raw, at, positions)

@@ -14,14 +14,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from millrace.core.config import option, section
+from millrace.core.config import option
 from millrace.core.errors import UserError, did_you_mean
 from millrace.core.rundir import write_atomic
-from millrace.data import SOURCES
+from millrace.data import MODALITIES, SOURCES
 from millrace.data.costs import Costs
 from millrace.data.dataset_files import DATASET, dataset_files
 from millrace.data.importing import Import, import_dataset
 from millrace.data.inputs import InputFile, Progress, import_folder, name_inputs, resolve
+from millrace.data.modalities.base import modality
 from millrace.data.manifest import Header, Kept, Manifest, build_manifest
 from millrace.data.prepared import Prepared, claim, difference, index_files, tidy
 from millrace.data.stores.base import StoreError
@@ -29,7 +30,7 @@ from millrace.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from millrace.data.units import UnitOptions, documents, make_units
 from millrace.data.work import Work
 
-ROLES = ("text", "image", "audio", "tokens")
+ROLES = ("text", "image", "audio", "tokens")  # those of other modalities are named in `media`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +46,10 @@ class PrepareConfig:
     image: str | None = option(None, "column, field or suffix of the image")
     audio: str | None = option(None, "column, field or suffix of the sound")
     tokens: str | None = option(None, "column of token ids, where the inputs are tokenised already")
-    costs: Costs = section(Costs, "positions that images and sounds take in a sequence")
+    media: dict[str, str] = option({}, "column, field or suffix of other modalities, such as {lidar = 'points'}")
+    costs: dict[str, dict[str, Any]] = option(
+        {}, "positions that media take in a sequence, such as {image = {patch = 16}}"
+    )
     tokenizer: str | None = option(None, "tokenizer folder, file or hub name (default: train a byte-level BPE)")
     vocab_size: int = option(8192, "vocabulary of the tokenizer to train")
     train_bytes: int = option(64 * 2**20, "text that the tokenizer is trained on, at most", unit="bytes")
@@ -69,6 +73,8 @@ class PrepareConfig:
         for name in ("train_bytes", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1 byte")
+        for role in self.media:
+            modality(role)
         if self.tokenize and (not self.count_tokens or list(self.columns) != ["text"]):
             raise ValueError("tokenize = true needs count_tokens = true, and samples of text alone")
         if self.tokens and (list(self.columns) != ["tokens"] or not self.tokenizer or not self.count_tokens):
@@ -81,7 +87,7 @@ class PrepareConfig:
     def columns(self) -> dict[str, str]:
         """Column or field of each role."""
         named = {role: getattr(self, role) for role in ROLES if getattr(self, role)}
-        return named or {"text": "text"}
+        return named | self.media or {"text": "text"}
 
 
 @dataclass(frozen=True)
@@ -164,8 +170,8 @@ def _continued(out: Path) -> Iterator[None]:
 
 
 def _options(config: PrepareConfig) -> dict[str, Any]:
-    options = {name: value for name, value in asdict(config).items() if name != "out"}
-    return options | {"text": config.columns.get("text")}
+    options = {name: value for name, value in asdict(config).items() if name != "out" and (name, value) != ("media", {})}
+    return options | {"text": config.columns.get("text"), "costs": Costs.stored(config.costs).of(MODALITIES)}
 
 
 def _import(config: PrepareConfig, inputs: Sequence[str], out: Path, done: Prepared | None, progress: Progress) -> None:
@@ -242,7 +248,7 @@ def _unit_options(config: PrepareConfig, tokenizer: Tokenizer | None) -> UnitOpt
         columns=config.columns,
         tokenizer=tokenizer,
         counted=config.count_tokens and (tokenizer is not None or "text" not in config.columns),
-        costs=config.costs,
+        costs=Costs.stored(config.costs),
         tokenize=config.tokenize,
         shard_size=config.shard_size,
         heldout=config.heldout,

@@ -155,6 +155,22 @@ class Tokenizer:
         write_atomic(target / "tokenizer.json", json.dumps(self._spec, ensure_ascii=False))
 
 
+class NoText:
+    """In the place of a tokenizer, for samples without text: every text is empty."""
+
+    vocab_size, eos_id, bos_id, sha256 = 1, 0, 0, None
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """No tokens."""
+        return [np.empty(0, np.int32) for _ in texts]
+
+    encode_words = encode
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """No text."""
+        return ""
+
+
 def _batches(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
     start = size = 0
     for stop, length in enumerate(lengths):
@@ -249,12 +265,14 @@ def stored_tokenizer(manifest_folder: Path) -> Path | None:
 
 
 def open_tokenizer(corpus: Corpus, name: str | None) -> Tokenizer:
-    """The tokenizer of that name, or the one stored with the corpus's first manifest.
+    """The tokenizer of that name, or the one stored with the corpus's first manifest; samples without text need none.
 
     Raises:
         UserError: there is none, or another than the one that the corpus was counted with.
     """
     found = name or stored_tokenizer(corpus.manifests[0].folder)
+    if found is None and not corpus.text:
+        return NoText()  # type: ignore[return-value]  # what is asked of one by those who read samples
     if found is None:
         raise UserError(f"no tokenizer lies beside {corpus.folder}; set data.tokenizer to a folder or hub name")
     loaded = load_tokenizer(found)

@@ -202,7 +202,7 @@ def _show_value(role: str, value: Any, name: str, options: argparse.Namespace) -
     if not options.images:
         return
     folder = Path(options.images)
-    if role == "image":
+    if value.ndim == 3:
         from PIL import Image
 
         Image.fromarray(value).save(folder / f"{name}.png")

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from millrace.core.errors import UserError, did_you_mean
+from millrace.data import MODALITIES
 from millrace.data.sources.base import MAX_SAMPLE_BYTES, BadSample, Content, Value, decode, text_bytes
 
 Get = Callable[[int], Value | BadSample]
@@ -96,7 +97,7 @@ def _reader(role: str, array: pa.Array) -> Get:
         return _coded(role, array)
     if role == "tokens":
         return _tokens(array)
-    if role in ("image", "audio") and pa.types.is_struct(array.type) and array.type.get_field_index("bytes") >= 0:
+    if role in MODALITIES and pa.types.is_struct(array.type) and array.type.get_field_index("bytes") >= 0:
         array = array.flatten()[array.type.get_field_index("bytes")]  # how `datasets` stores files
     return _text(array) if role == "text" else _binary(array)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from millrace.core.errors import UserError
+from millrace.data import MODALITIES
 from millrace.data.sources.base import (
     MAX_SAMPLE_BYTES,
     BadSample,
@@ -28,7 +29,7 @@ from millrace.data.sources.columnar import wanted_columns
 from millrace.data.sources.jsonl import lines, no_field, parse_line, too_long
 from millrace.data.sources.ranges import read_ranges
 from millrace.data.sources.recent import Recent
-from millrace.data.sources.values import MEDIA, check_roles, to_value
+from millrace.data.sources.values import check_roles, to_value
 from millrace.data.stores.base import Blob
 
 _BLOCK_BITS = 16  # rows whose offsets share 64 KiB form a block; their files are read one by one in any case
@@ -44,7 +45,7 @@ class FolderSource(Source):
 
     def __init__(self, columns: Mapping[str, str]) -> None:
         super().__init__(columns)
-        check_roles(columns, ("text", "image", "audio", "bytes"), "a folder with a metadata file")
+        check_roles(columns, ("text", *MODALITIES, "bytes"), "a folder with a metadata file")
         self._wanted = [(role, name) for role, name in columns.items() if role != "bytes"]
         self._headers: Recent[list[str]] = Recent(256)  # columns of CSV files
 
@@ -85,7 +86,7 @@ class FolderSource(Source):
         for role, name in self._wanted:
             if not isinstance(row, dict) or name not in row:
                 return no_field(row, name, where)
-            named = role in MEDIA or name == "file_name" or name.endswith("_file_name")
+            named = role in MODALITIES or name == "file_name" or name.endswith("_file_name")
             value = _file(blob, role, row[name]) if named else check_text(row[name])
             if isinstance(value, BadSample):
                 return BadSample(f"{where}: {value.why}")

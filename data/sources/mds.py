@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from millrace.core.errors import UserError
+from millrace.data import MODALITIES
 from millrace.data.sources.base import (
     MAX_SAMPLE_BYTES,
     BadSample,
@@ -36,7 +37,7 @@ _MAX_CONFIG = 2**20
 _STEP = 2**16  # offsets read at once
 _BLOCK_BITS = 20  # samples whose offsets share a mebibyte form a block
 _SUFFIXES: dict[str, Literal["gz", "zst"]] = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
-_ENCODINGS = {"text": ("str",), "image": ("jpeg", "png", "bytes"), "audio": ("bytes",), "tokens": ("ndarray",)}
+_ENCODINGS = {"text": ("str",), "image": ("jpeg", "png", "bytes"), "tokens": ("ndarray",)}  # others: bytes
 _TYPES = {8: "u1", 9: "i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "<u8", 65: "<i8"}  # integers of an ndarray
 _NAMED = {np.dtype(code).name: code for code in _TYPES.values()}
 
@@ -186,7 +187,7 @@ def _record(raw: memoryview, layout: _Layout, place: Place) -> Content:
 def _getter(role: str, encoding: str, where: str) -> Get:
     """How a value of `role` is made from a column of `encoding`."""
     kind, _, detail = encoding.partition(":")
-    allowed = _ENCODINGS.get(role, ())
+    allowed = _ENCODINGS.get(role, ("bytes",) if role in MODALITIES else ())
     dtype, _, shape = detail.partition(":")
     if kind not in allowed or "," in shape or (role == "tokens" and dtype and dtype not in _NAMED):
         raise UserError(f"{where} is '{encoding}'; `{role}` is {' or '.join(allowed) or 'not a role of MDS'}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from millrace.core.errors import UserError
+from millrace.data import MODALITIES
 from millrace.data.sources.base import (
     MAX_SAMPLE_BYTES,
     BadSample,
@@ -66,7 +67,7 @@ class TarSource(Source):
 
     def __init__(self, columns: Mapping[str, str]) -> None:
         super().__init__(columns)
-        check_roles(columns, ("text", "tokens", "image", "audio", "bytes"), "a tar archive")
+        check_roles(columns, ("text", "tokens", *MODALITIES, "bytes"), "a tar archive")
         self._wanted = {
             role: [end.lower().removeprefix(".") for end in re.split(r"[|;]", ends) if end]
             for role, ends in columns.items()

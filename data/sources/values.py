@@ -10,7 +10,6 @@ import numpy as np
 from millrace.core.errors import UserError
 from millrace.data.sources.base import BadSample, Value, decode
 
-MEDIA = ("image", "audio")
 PICKLED = ("pyd", "pkl", "pickle", "pth", "pt")  # what other readers unpickle, that is: execute
 
 _NPY = re.compile(rb"\x93NUMPY([\x01\x02\x03])\x00(..)", re.DOTALL)

@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millrace.core.errors import UserError
-from millrace.data.costs import AudioCost, Costs, ImageCost
+from millrace.data.costs import Costs
+from millrace.data.modalities.audio import AudioCost
+from millrace.data.modalities.image import ImageCost
 from millrace.data.manifest import Manifest
 from millrace.data.prepare import PrepareConfig, Summary, prepare
 from millrace.data.sources.base import BadSample, checksum
@@ -91,7 +93,7 @@ def media(corpora: Any, tmp_path: Path) -> Path:
 
 
 ROLES = {"text": "caption", "image": "jpg", "audio": "flac"}
-RULES = Costs(image=ImageCost(patch=16, most=6), audio=AudioCost(hop_ms=50))
+RULES: Any = {"image": {"patch": 16, "most": 6}, "audio": {"hop_ms": 50}}
 
 
 def test_every_sample_of_several_roles_is_indexed(media: Path, corpora: Any, tmp_path: Path) -> None:
@@ -99,10 +101,10 @@ def test_every_sample_of_several_roles_is_indexed(media: Path, corpora: Any, tmp
     manifest, tokenizer = Manifest.load(tmp_path / "out"), load_tokenizer(tmp_path / "out" / "tokenizer")
     assert manifest.columns == ROLES and manifest.tokenizer == tokenizer.sha256 and manifest.counted
     assert manifest.costs == {"image": {"patch": 16, "most": 6}, "audio": {"hop_ms": 50}}
-    assert Costs.stored(manifest.costs) == RULES
+    assert Costs.stored(manifest.costs) == Costs.stored(RULES)
     entries, records = manifest.entries(np.arange(12)), corpora.read_samples(tmp_path / "out")
     texts = [f"picture number {i}" for i in range(12)]
-    images = [np.prod(RULES.image.grid(10 * i + 1, 33)) for i in range(12)]
+    images = [np.prod(ImageCost(**RULES["image"]).grid(10 * i + 1, 33)) for i in range(12)]
     sounds = [ceil((1000 * i + 500) / 400) for i in range(12)]
     counted = zip(tokenizer.encode(texts), images, sounds, strict=True)
     expected = [len(ids) + 1 + image + sound for ids, image, sound in counted]
@@ -130,15 +132,15 @@ def test_a_rule_belongs_to_the_fingerprint(media: Path, tmp_path: Path) -> None:
         run(tmp_path / str(number), media, image="jpg", costs=costs).fingerprint
         for number, costs in enumerate(
             [
-                Costs(),
-                Costs(image=ImageCost(most=10**6)),  # no image is so large: the same costs, but not of every image
-                Costs(audio=AudioCost(hop_ms=10)),  # of a role that is not there
+                {},
+                {"image": {"most": 10**6}},  # no image is so large: the same costs, but not of every image
+                {"audio": {"hop_ms": 10}},  # of a role that is not there
             ]
         )
     ]
     assert found[0] != found[1] and found[0] == found[2]
     with pytest.raises(UserError, match="prepared with other options .costs was .*'patch': 16.* and is now"):
-        run(tmp_path / "0", media, image="jpg", costs=Costs(image=ImageCost(patch=8)))
+        run(tmp_path / "0", media, image="jpg", costs={"image": {"patch": 8}})
 
 
 def test_samples_are_held_out_by_all_of_their_values(corpora: Any, tmp_path: Path) -> None:

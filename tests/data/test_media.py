@@ -55,9 +55,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def costs(patch: int) -> Any:
-    from millrace.data.costs import Costs, ImageCost
-
-    return Costs(image=ImageCost(patch=patch))
+    return {"image": {"patch": patch}}
 
 
 def load(corpus: Path, **more: Any) -> Loader:

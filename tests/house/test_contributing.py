@@ -48,7 +48,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sections_have_one_file_lines_and_a_trial() -> None:
-    assert list(SECTIONS) == ["An architecture", "A source", "A store", "A decoder", "An objective", "A task"]
+    assert list(SECTIONS) == ["An architecture", "A source", "A store", "A modality", "An objective", "A task"]
     for section in SECTIONS:
         heads = [head for head, _ in blocks(section)]
         files = [h for h in heads if h.endswith(".py")]

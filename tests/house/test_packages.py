@@ -73,7 +73,7 @@ def registries() -> list[tuple[str, str, str, str]]:
             "REGISTRY",
             "SOURCES",
             "STORES",
-            "DECODERS",
+            "MODALITIES",
             "CONFIGS",
             "COMMANDS",
             "OPTIMIZERS",
