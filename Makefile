@@ -19,8 +19,8 @@ help:
 demo: $(VENV)/stamp-run $(VENV)/stamp-comm
 	$(VENV)/bin/python -m millrace.launch.demo
 
-# Tests that start no ranks run two at a time; the others use two cores by themselves.
-WITHOUT_RANKS := tests/benchmarks tests/core tests/data tests/eval tests/launch
+# Tests that start no ranks, or few, run two at a time; the others use two cores by themselves.
+WITHOUT_RANKS := tests/benchmarks tests/core tests/data tests/eval tests/house tests/launch tests/models
 
 test: $(VENV)/stamp-dev $(VENV)/stamp-ops
 ifdef ARGS

@@ -127,5 +127,7 @@ class DataConfig:
             found.setdefault(given["role"], []).append(build(modality(given["role"]).view, given))
         called = [name for role, views in found.items() for name in names(views, role)]
         if twice := {name for name in called if called.count(name) > 1}:
-            raise ValueError(f"views: {' and '.join(sorted(twice))} is the name of several; give each a name of its own")
+            raise ValueError(
+                f"views: {' and '.join(sorted(twice))} is the name of several; give each a name of its own"
+            )
         return found

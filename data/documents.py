@@ -66,7 +66,7 @@ def bad_budget(corpus: Corpus, max_bad: int | None) -> int:
 class Documents:
     """Documents of a corpus."""
 
-    def __init__(  # noqa: PLR0913 (the loader's options)
+    def __init__(
         self, corpus: Corpus, tokenizer: Tokenizer, max_bad: int | None = None, threads: int = 1, packed: bool = True,
         views: Mapping[str, Sequence[View]] | None = None, seed: int = 0,
     ) -> None:  # fmt: skip

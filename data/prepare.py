@@ -22,8 +22,8 @@ from millrace.data.costs import Costs
 from millrace.data.dataset_files import DATASET, dataset_files
 from millrace.data.importing import Import, import_dataset
 from millrace.data.inputs import InputFile, Progress, import_folder, name_inputs, resolve
-from millrace.data.modalities.base import modality
 from millrace.data.manifest import Header, Kept, Manifest, build_manifest
+from millrace.data.modalities.base import modality
 from millrace.data.prepared import Prepared, claim, difference, index_files, tidy
 from millrace.data.stores.base import StoreError
 from millrace.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
@@ -170,7 +170,9 @@ def _continued(out: Path) -> Iterator[None]:
 
 
 def _options(config: PrepareConfig) -> dict[str, Any]:
-    options = {name: value for name, value in asdict(config).items() if name != "out" and (name, value) != ("media", {})}
+    options = {
+        name: value for name, value in asdict(config).items() if name != "out" and (name, value) != ("media", {})
+    }
     return options | {"text": config.columns.get("text"), "costs": Costs.stored(config.costs).of(MODALITIES)}
 
 

@@ -70,7 +70,7 @@ def hf_config(config: ModelConfig, vocab_size: int, sequence_length: int, family
     if config.init == "random":
         built = _fresh(config, cls, given, (vocab_size, sequence_length))
     else:
-        built = _checked(lambda: AutoConfig.from_pretrained(config.init, **given))
+        built = checked(lambda: AutoConfig.from_pretrained(config.init, **given))
     if built.vocab_size < vocab_size:
         raise UserError(
             f"the tokenizer has {vocab_size:,} tokens but the model's vocab_size is {built.vocab_size:,} "
@@ -170,7 +170,7 @@ def _empty_is_nan() -> Iterator[None]:
 
 def _config_class(config: ModelConfig, family: Family) -> type[PretrainedConfig]:
     if config.init != "random":
-        folder = _checked(lambda: AutoConfig.from_pretrained(hub_file(config.init, "config.json")))
+        folder = checked(lambda: AutoConfig.from_pretrained(hub_file(config.init, "config.json")))
         cls = type(folder)
     elif config.kind in CONFIG_MAPPING:
         cls = CONFIG_MAPPING[config.kind]
@@ -217,7 +217,7 @@ def _fresh(
         "vocab_size": -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
         "max_position_embeddings": sequence_length,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")),
-        **{key: 0.0 for key in fields if "pdrop" in key or "dropout" in key},
+        **without_dropout(cls),
     }
     if config.depth is not None:
         names = ("hidden_size", "num_attention_heads", "num_experts_per_tok")
@@ -228,10 +228,15 @@ def _fresh(
             f"model.kind = '{config.kind}' has no size; set model.depth = 6, say, or sizes in [model.config]"
         )
     table = {_stored(cls, key): value for key, value in defaults.items() if _stored(cls, key) in fields} | given
-    return _checked(lambda: cls(**table))
+    return checked(lambda: cls(**table))
 
 
-def _checked(make: Callable[[], PretrainedConfig]) -> PretrainedConfig:
+def without_dropout(cls: type[PretrainedConfig]) -> dict[str, float]:
+    """The dropout keys of a configuration class, all 0: a run that goes on then repeats to the bit."""
+    return {key: 0.0 for key in _fields(cls) if "pdrop" in key or "dropout" in key or key == "drop_path_rate"}
+
+
+def checked(make: Callable[[], PretrainedConfig]) -> PretrainedConfig:
     """Run transformers' own checks, giving their message without their traceback."""
     from huggingface_hub.errors import StrictDataclassError
 

@@ -39,9 +39,9 @@ class AudioView:
     count: int = option(1, "pieces of this kind; NAME0, NAME1, … where there are several")
     rate: int = option(16000, "frames of a second; a sound of another rate is resampled")
     seconds: float = option(0.0, "length; longer sounds are cut, shorter ones followed by silence; 0: as they are")
-    anywhere: bool = option(False, "a longer sound is cut at a random place, not at its start; a shorter one begins there")
+    anywhere: bool = option(False, "a longer sound is cut, and a shorter one begins, at a random place")
     gain: float = option(0.0, "decibels that it may be louder or softer by")
-    noise: float | None = option(None, "decibels by which white noise is softer than the sound, at most; none if absent")
+    noise: float | None = option(None, "decibels by which white noise is softer, at least; none if absent")
 
     def __post_init__(self) -> None:
         if self.rate < 1 or self.count < 1:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from millrace.core.config import option
+from millrace.core.config import build, option
 from millrace.core.errors import UserError
+from millrace.models.config import TowerConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,3 +48,29 @@ class SpanCorruptionConfig:
             raise UserError(
                 f"[objective] needs a share between 0 and 1 and a span of 1 or more, not {self.share} and {self.span}"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContrastiveConfig:
+    """Bring the modalities of a sample near each other, away from those of all others (CLIP, SigLIP)."""
+
+    kind: Literal["contrastive"] = option("contrastive", "which objective")
+    towers: list[dict[str, Any]] = option(
+        [],
+        "encoders, such as [{modality = 'image', kind = 'vit', config = {…}}, {modality = 'text', kind = 'bert', …}]",
+    )
+    width: int = option(256, "of the space that they share")
+    loss: Literal["softmax", "sigmoid"] = option("softmax", "softmax: which sample is it; sigmoid: is it this one")
+    scale: float = option(10.0, "similarities are multiplied by it at first; it is learned")
+    bias: float = option(0.0, "and shifted by it, learned too; SigLIP begins with scale 10 and bias -10")
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.scale <= 0:
+            raise UserError(f"[objective] needs width >= 1 and scale > 0, not {self.width} and {self.scale}")
+        names = [tower.name for tower in self.built()]
+        if len(names) == 1 or len(set(names)) < len(names):
+            raise UserError(f"objective.towers need two encoders or more, of different views; not {', '.join(names)}")
+
+    def built(self) -> list[TowerConfig]:
+        """The encoders."""
+        return [build(TowerConfig, tower) for tower in self.towers]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from millrace.core.errors import UserError
 from millrace.data.costs import Costs
+from millrace.data.manifest import Manifest
 from millrace.data.modalities.audio import AudioCost
 from millrace.data.modalities.image import ImageCost
-from millrace.data.manifest import Manifest
 from millrace.data.prepare import PrepareConfig, Summary, prepare
 from millrace.data.sources.base import BadSample, checksum
 from millrace.data.tokenizer import load_tokenizer

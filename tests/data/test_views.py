@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from millrace.core.errors import UserError
 from millrace.data.config import DataConfig
@@ -47,11 +49,15 @@ def test_the_middle_without_any_change() -> None:
 
 def test_flipped_in_half_of_them_and_moved_by_so_much() -> None:
     value = random().integers(0, 256, (8, 8, 3)).astype(np.uint8)
-    flipped = [np.array_equal(ImageView(size=8, flip=True).make(value, b"", random(n)), value[:, ::-1]) for n in range(400)]
+    flipped = [
+        np.array_equal(ImageView(size=8, flip=True).make(value, b"", random(n)), value[:, ::-1]) for n in range(400)
+    ]
     assert 160 < sum(flipped) < 240
     dot = np.zeros((9, 9, 3), np.uint8)
     dot[4, 4] = 255
-    places = {tuple(np.argwhere(ImageView(size=9, shift=2 / 9).make(dot, b"", random(n))[..., 0])[0]) for n in range(400)}
+    places = {
+        tuple(np.argwhere(ImageView(size=9, shift=2 / 9).make(dot, b"", random(n))[..., 0])[0]) for n in range(400)
+    }
     assert places == {(row, column) for row in range(2, 7) for column in range(2, 7)}
 
 
@@ -88,11 +94,17 @@ def test_sounds_of_one_length(corpora: Any) -> None:
     assert louder.shape == value.shape and louder.dtype == np.float32 and not np.array_equal(louder, value)
 
 
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(random(number).integers(0, 256, (20, 10 + number, 3)).astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.fixture(scope="module")
 def corpus(corpora: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("views")
     columns = {
-        "png": [corpora.make_png(10 + n, 20) for n in range(COUNT)],
+        "png": [png(n) for n in range(COUNT)],
         "wav": [corpora.make_wav(500 + 10 * n, 8000) for n in range(COUNT)],
     }
     pq.write_table(pa.table(columns), folder / "a.parquet", row_group_size=5)
@@ -145,19 +157,17 @@ def test_samples_without_text_need_no_tokenizer(corpus: Path) -> None:
     assert set(values) == {"image", "audio"}
 
 
-def test_a_sound_that_cannot_be_looked_at_is_quarantined(corpora: Any, tmp_path: Path) -> None:
-    sounds = [corpora.make_wav(500, 8000) if n != 3 else b"RIFF" for n in range(8)]
-    pq.write_table(pa.table({"wav": sounds}), tmp_path / "a.parquet")
-    options: dict[str, Any] = {"inputs": [str(tmp_path / "a.parquet")], "audio": "wav", "count_tokens": False}
-    prepare(PrepareConfig(out=str(tmp_path / "out"), **options))
-    with load(tmp_path / "out", [{"role": "audio", "rate": 8000, "seconds": 0.1}]) as loader:
+def test_an_image_that_cannot_be_looked_at_is_quarantined(tmp_path: Path) -> None:
+    images = [png(n)[: 300 if n == 3 else None] for n in range(8)]  # one is cut short
+    pq.write_table(pa.table({"png": images}), tmp_path / "a.parquet")
+    prepare(PrepareConfig(inputs=[str(tmp_path / "a.parquet")], out=str(tmp_path / "out"), image="png"))
+    with load(tmp_path / "out", [WEAK]) as loader:
         batch = next(loader)
     (entry,) = batch.quarantined
-    assert entry["sample"] == 3 and "audio cannot be decoded" in entry["why"]
+    assert entry["sample"] == 3 and "image cannot be decoded" in entry["why"]
     assert batch.local_tokens == 7
-    rows = [(m, row) for m in batch.micro_batches for row, good in enumerate(m.good) if not good]
-    ((micro, row),) = rows
-    assert not micro.values["audio"][row].any()
+    ((micro, row),) = [(m, row) for m in batch.micro_batches for row, good in enumerate(m.good) if not good]
+    assert micro.values["image"].shape == (2, 12, 12, 3) and not micro.values["image"][row].any()
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def reference() -> dict[str, Any]:
         with torch.no_grad():
             for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
                 mine.lerp_(theirs, 1 - DECAY)
-        losses.append([float(generated), float(judged), square])
+        losses.append([generated.item(), judged.item(), square])
     fixed = {n: p for n, p in generator.named_parameters() if not p.requires_grad} | {"codes": generator.codes}
     return {"losses": losses, "fixed": fixed}
 

@@ -1,0 +1,47 @@
+"""Log-mel spectrograms of sounds, computed where the model is. B sounds, F frames, H hops, M mel bands."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from millrace.models.config import MelConfig
+
+
+def mel_filters(config: MelConfig) -> Tensor:
+    """Triangles (M, window // 2 + 1) of equal width on the mel scale (O'Shaughnessy's, as HTK has it), float32."""
+    edges_mel = np.linspace(0.0, _mel(config.rate / 2), config.bands + 2)
+    edges = 700 * (10 ** (edges_mel / 2595) - 1)
+    bins = np.linspace(0, config.rate / 2, config.window // 2 + 1)
+    rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    return torch.from_numpy(np.maximum(0, np.minimum(rising, falling)).astype(np.float32))
+
+
+def _mel(hertz: float) -> float:
+    return 2595 * float(np.log10(1 + hertz / 700))
+
+
+class LogMel(nn.Module):
+    """log10 of the energy in mel bands, float32 (B, M, H), of sounds float32 (B, F)."""
+
+    filters: Tensor
+    window: Tensor
+
+    def __init__(self, config: MelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("filters", mel_filters(config), persistent=False)
+        self.register_buffer("window", torch.hann_window(config.window), persistent=False)
+
+    def forward(self, sound_BF: Tensor) -> Tensor:
+        """Windows are centred on hops, with silence on both sides."""
+        half = self.config.window // 2
+        padded = F.pad(sound_BF.float(), (half, half))
+        spectrum = torch.stft(
+            padded, self.config.window, self.config.hop, window=self.window.float(), center=False, return_complex=True
+        )
+        energy_BMH = self.filters.float() @ spectrum.abs().square()
+        return energy_BMH.clamp(min=self.config.floor).log10()
