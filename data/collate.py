@@ -160,6 +160,10 @@ def stack_samples(rows: Sequence[np.ndarray], documents: Documents, seed: int) -
             if documents.text:
                 text = 1 + sum(medium.positions for medium in media)
                 arrays[f"tokens/{row}"] = taken.tokens[begin + text : begin + int(taken.lengths[number])]
+    for row in np.flatnonzero(~arrays["good"]).tolist():  # so that a micro-batch without any good sample has them, too
+        arrays |= {f"{name}/{row}": np.zeros_like(value) for name, value in documents.seen.items()}
+        if documents.text:
+            arrays[f"tokens/{row}"] = np.empty(0, np.int32)
     return arrays
 
 
@@ -201,7 +205,7 @@ def to_sample_batch(arrays: Mapping[str, np.ndarray], first: int, stop: int, eos
         for number, row in enumerate(rows):
             padded[number, : counts[number]] = () if row is None else row
         values[role] = _pinned(torch.from_numpy(padded).long() if role == "tokens" else torch.from_numpy(padded))
-        lengths[role] = torch.tensor(counts)
+        lengths[role] = torch.tensor(counts) * torch.from_numpy(arrays["good"][first:stop])
     samples, good = (arrays[name][first:stop].tolist() for name in ("samples", "good"))
     return SampleBatch(values, lengths, samples, good, arrays["seeds"][first:stop])
 

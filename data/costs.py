@@ -35,7 +35,7 @@ class Costs:
 
     def of(self, columns: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         """The rules that samples with these roles need, as the manifest stores them."""
-        return {role: asdict(rule) for role, rule in self._rules.items() if role in columns}  # type: ignore[call-overload]
+        return {role: asdict(rule) for role, rule in self._rules.items() if role in columns}  # type: ignore[arg-type]
 
     @classmethod
     def stored(cls, rules: Mapping[str, Mapping[str, Any]]) -> Costs:

@@ -80,6 +80,7 @@ class Documents:
         self._costs = Costs.stored(corpus.costs) if packed else None
         self._budget = bad_budget(corpus, max_bad)
         self._views, self._seed = dict(views or {}), seed
+        self.seen: dict[str, np.ndarray] = {}  # the last medium of each name
         self._shelves: dict[int, _Shelf] = {}
         self._bad: dict[int, str] = {}
         self._refused: dict[int, str] = {}
@@ -142,6 +143,7 @@ class Documents:
         if shelf.uses == 0:
             del self._shelves[window]
         found = {n: media[place] for n, place in enumerate(places.tolist()) if place in media} if media else {}
+        self.seen |= {medium.role: medium.value for some in found.values() for medium in some}
         return Taken(part.tokens, starts, lengths, good, found)
 
     def _decode(

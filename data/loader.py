@@ -12,9 +12,9 @@ from functools import partial
 from types import TracebackType
 
 from millrace.core.errors import UserError
-from millrace.data.batch import MicroBatch, StepBatch, spans_sha
+from millrace.data.batch import MicroBatch, SampleBatch, StepBatch, spans_sha
 from millrace.data.builder import Builder, Opened, Spec, check_batch
-from millrace.data.collate import pack_rows, to_micro_batch, to_step_batch
+from millrace.data.collate import pack_rows, stack_samples, to_micro_batch, to_sample_batch, to_step_batch
 from millrace.data.config import DataConfig
 from millrace.data.corpus import Corpus
 from millrace.data.documents import Documents, bad_budget
@@ -23,7 +23,7 @@ from millrace.data.heap import keep_freed_memory
 from millrace.data.manifest import manifest_folder
 from millrace.data.mixture import ALL, Mixture, components
 from millrace.data.prefetch import Prefetcher
-from millrace.data.state import LoaderState, Stage
+from millrace.data.state import SAMPLES, LoaderState, Stage
 from millrace.data.stores.waiting import stalls
 from millrace.data.stream import Deal, Planner, RowStream, window_samples
 from millrace.data.tokenizer import open_tokenizer, stored_tokenizer
@@ -181,8 +181,8 @@ def heldout_manifests(config: DataConfig) -> list[str]:
 
 def heldout_batches(
     config: DataConfig, micro_batch: int, rank: int, world: int, max_rows: int | None = None
-) -> Iterator[tuple[MicroBatch, int]]:
-    """One pass over the held-out manifest: (micro-batch, bytes of text that it covers).
+) -> Iterator[tuple[MicroBatch | SampleBatch, int]]:
+    """One pass over the held-out manifest: (micro-batch, bytes of text that it covers; of whole samples 0).
 
     The order is shuffled and always the same, so that a part of the pass is a fair sample of the text.
 
@@ -198,14 +198,17 @@ def heldout_batches(
         raise UserError(f"{config.manifest} has no held-out part; set data.heldout, or prepare with heldout=0.05")
     corpus = Corpus.load(paths)
     tokenizer = open_tokenizer(corpus, config.tokenizer or _tokenizer_of(config))
-    documents = Documents(corpus, tokenizer, config.max_bad_samples, config.threads)
+    packed = config.rows != "samples"
+    documents = Documents(
+        corpus, tokenizer, config.max_bad_samples, config.threads, packed, config.views_by_role(), _HELDOUT_SEED
+    )
     stage = Stage(
         start_window=0,
         manifests=corpus.fingerprints,
         components=(ALL,),
         counts=(1,),
         batch=micro_batch * world,
-        sequence_length=config.sequence_length,
+        sequence_length=config.sequence_length if packed else SAMPLES,
         window=window_samples(corpus, config.window),
         shuffle_blocks=config.shuffle_blocks,
         pack="alone" if config.rows == "alone" else config.pack,
@@ -222,6 +225,10 @@ def heldout_batches(
         rows += len(step.rows)
         if any(len(row) for row in step.rows):
             mine = stream.my_rows(step)[0]
+            if not packed:
+                arrays = stack_samples(mine, documents, _HELDOUT_SEED)
+                yield to_sample_batch(arrays, 0, len(mine), tokenizer.eos_id), 0
+                continue
             arrays = pack_rows(mine, documents, tokenizer.eos_id, config.sequence_length, _HELDOUT_SEED)
             yield to_micro_batch(arrays), int(arrays["bytes"].sum())
 

@@ -39,8 +39,8 @@ class Engine:
         """Compile the module's forward."""
         self.ds.compile()
 
-    def forward(self, micro: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The module's (summed loss, figures) for one micro-batch of the loader, from its `inputs`."""
+    def forward(self, micro: Any) -> Any:
+        """What the module's forward gives for its `inputs` from one micro-batch, (summed loss, figures) for most."""
         return self.ds(**self.module.inputs(micro, self.world.device))
 
     def backward(self, loss_sum: torch.Tensor, tokens: float, *, last: bool) -> None:

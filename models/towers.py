@@ -6,7 +6,7 @@ B samples, T positions, D hidden, W width of the shared space.
 from __future__ import annotations
 
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def build_encoder(config: TowerConfig, vocab_size: int, seed: int, zero3: dict[s
     built = checked(lambda: AutoConfig.for_model(config.kind, **defaults | config.config))
 
     # A pooler of its own would never be trained: the mean over positions is taken here.
-    pooled = "add_pooling_layer" in signature(MODEL_MAPPING[type(built)]).parameters
+    pooled = "add_pooling_layer" in signature(cast("type", MODEL_MAPPING[type(built)])).parameters
 
     def make() -> PreTrainedModel:
         made: PreTrainedModel = AutoModel.from_config(built, **({"add_pooling_layer": False} if pooled else {}))

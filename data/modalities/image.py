@@ -94,16 +94,17 @@ class ImageView:
         return np.ascontiguousarray(value)
 
 
-def _crop(width: int, height: int, scale: list[float], random: np.random.Generator) -> tuple[float, ...]:
+def _crop(width: int, height: int, scale: list[float], random: np.random.Generator) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a part of an image."""
     if scale == [1.0, 1.0]:
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         return left, top, left + side, top + side
-    area, ratio = width * height * random.uniform(*scale), exp(random.uniform(*map(log, _RATIO)))
+    area = width * height * random.uniform(scale[0], scale[1])
+    ratio = exp(random.uniform(log(_RATIO[0]), log(_RATIO[1])))
     across, down = min(width, round((area * ratio) ** 0.5) or 1), min(height, round((area / ratio) ** 0.5) or 1)
-    left, top = random.integers(0, width - across + 1), random.integers(0, height - down + 1)
-    return int(left), int(top), int(left) + across, int(top) + down
+    left, top = int(random.integers(0, width - across + 1)), int(random.integers(0, height - down + 1))
+    return left, top, left + across, top + down
 
 
 def _shift(value: np.ndarray, most: int, random: np.random.Generator) -> np.ndarray:

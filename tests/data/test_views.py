@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from millrace.core.errors import UserError
+from millrace.data.batch import SampleBatch
 from millrace.data.config import DataConfig
-from millrace.data.loader import Loader, build_loader
+from millrace.data.loader import Loader, build_loader, heldout_batches
 from millrace.data.modalities.audio import AudioView, resample
 from millrace.data.modalities.image import ImageView
 from millrace.data.prepare import PrepareConfig, prepare
@@ -189,3 +190,15 @@ def test_mistakes(views: list[dict[str, Any]], why: str) -> None:
 def test_views_are_of_samples(corpus: Path) -> None:
     with pytest.raises(ValueError, match="views are for rows = 'samples', not 'packed'"):
         DataConfig(manifest="x", views=[WEAK])
+
+
+def test_heldout_samples_once_each_and_the_same_number_on_every_rank(corpus: Path) -> None:
+    config = DataConfig(manifest=str(corpus), heldout=str(corpus), rows="samples", views=[WEAK])
+    seen: list[int] = []
+    ranks = [list(heldout_batches(config, 5, rank, 2)) for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1]) == 3, "24 samples in micro-batches of 5 on two ranks"
+    for micro, size in ranks[0] + ranks[1]:
+        assert isinstance(micro, SampleBatch) and size == 0
+        assert micro.values["image"].shape == (5, 12, 12, 3)
+        seen += [sample for sample, good in zip(micro.samples, micro.good, strict=True) if good]
+    assert sorted(seen) == list(range(COUNT))

@@ -77,7 +77,9 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
     config = EngineConfig(zero_stage=scenario["stage"], persistence_threshold=0)
     settings = deepspeed_config(config, "fp32", micro_batch=1, accumulation=1, clip=0.0)
     world = join_world(settings)
-    objective = build(scenario["loss"], {**settings, "train_batch_size": world.size} if scenario["stage"] == 3 else None)
+    objective = build(
+        scenario["loss"], {**settings, "train_batch_size": world.size} if scenario["stage"] == 3 else None
+    )
     module = objective.modules["model"]
     engines = Engines({"model": Engine(world, module, torch.optim.AdamW(module.parameters()), 0.0)})
     size, each = scenario["micro"], ROWS // world.size
