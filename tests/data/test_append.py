@@ -123,7 +123,7 @@ def test_appended_is_what_one_call_in_that_order_would_write(shards: Path, corpo
         assert wanted.items() <= found.items()
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=3), min_size=2, max_size=4))
 def test_any_series_of_appends(tmp_path: Path, corpora: Any, sizes: list[list[int]]) -> None:
     """Files of 0 to 40 documents in any number of calls: the manifest is always complete, its older states prefixes."""

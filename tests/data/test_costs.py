@@ -26,7 +26,6 @@ from millrace.data.tokenizer import load_tokenizer
 SIDES = st.integers(1, 20_000)
 
 
-@settings(deadline=None)
 @given(SIDES, SIDES, st.integers(1, 64), st.integers(1, 4096))
 def test_an_image_takes_a_grid_of_patches_that_is_bounded(width: int, height: int, patch: int, most: int) -> None:
     columns, rows = ImageCost(patch=patch, most=most).grid(width, height)
@@ -39,7 +38,7 @@ def test_an_image_takes_a_grid_of_patches_that_is_bounded(width: int, height: in
     assert ImageCost(patch=patch, most=most).grid(height, width) == (rows, columns) or min(columns, rows) == 1
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(100, 4000), st.integers(100, 4000))
 def test_large_images_are_scaled_as_by_qwen2_vl(width: int, height: int) -> None:
     reference = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl").smart_resize

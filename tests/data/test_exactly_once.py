@@ -89,7 +89,7 @@ WORLDS = st.sampled_from([1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 16])
 SEGMENTS = st.lists(st.tuples(WORLDS, st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=5)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(segments=SEGMENTS, mixed=st.booleans(), pack=st.booleans(), window=st.sampled_from([7, 40, 200]))
 def test_any_worlds_and_workers_consume_the_same_stream(
     folders: list[str], segments: list[tuple[int, int, int]], mixed: bool, pack: bool, window: int

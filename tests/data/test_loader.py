@@ -115,7 +115,7 @@ def test_every_worlds_ranks_build_the_same_step(corpus: Path) -> None:
 SEGMENTS = st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8]), st.integers(0, 4)), min_size=1, max_size=5)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(segments=SEGMENTS, window=st.integers(1, 120), prefetch=st.sampled_from([0, 0, 2]), pack=st.booleans())
 def test_resume_at_any_point_and_world(
     corpus: Path, segments: list[tuple[int, int]], window: int, prefetch: int, pack: bool

@@ -131,7 +131,7 @@ STAGES = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parts=STAGES, window=st.integers(1, 40), seed=st.integers(0, 2**63))
 def test_any_window_equals_drawing_one_by_one(
     folders: list[str], parts: list[tuple[list[int], int]], window: int, seed: int
@@ -217,7 +217,7 @@ def test_a_schedule_changes_the_shares_at_a_window_border(folders: list[str]) ->
         assert batches[at - 1].state.window <= one.start_window  # at the first border after the step was reached
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     segments=st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 6, 8]), st.integers(0, 9)), min_size=1, max_size=6),
     window=st.integers(1, 120),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.data.order import Blocks, Growth, Order, derive_key, permutation, permute
@@ -35,7 +35,6 @@ def test_permute_of_large_domains_stays_inside_and_never_collides(size: int) -> 
     assert len(np.unique(image)) == len(index)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=25), SEEDS, st.integers(1, 9), st.integers(0, 5))
 def test_every_epoch_is_a_bijection(blocks: list[int], seed: int, shuffle_blocks: int, epoch: int) -> None:
     order, total = make(blocks, seed, shuffle_blocks), sum(blocks)
@@ -43,7 +42,6 @@ def test_every_epoch_is_a_bijection(blocks: list[int], seed: int, shuffle_blocks
     assert sorted(seen.tolist()) == list(range(total))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9), SEEDS, st.integers(0, 300), st.integers(0, 90))
 def test_any_range_equals_its_single_positions(blocks: list[int], seed: int, start: int, count: int) -> None:
     together = make(blocks, seed, 3).samples(start, start + count).tolist()
@@ -81,7 +79,6 @@ def test_known_values_never_change() -> None:
     assert derive_key(1, 2, 3) == 15020427595393229491
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 60), st.lists(st.integers(1, 7), min_size=1, max_size=5)), min_size=1, max_size=5

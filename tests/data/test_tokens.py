@@ -107,7 +107,7 @@ def test_an_altered_document_is_found(tmp_path: Path, corpus: Path, kind: str) -
     documents.close()
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(-(2**62), 2**62)))
 def test_ascending(values: list[int]) -> None:
     assert np.array_equal(ascending(np.array(values, np.int64)), np.unique(np.array(values, np.int64)))

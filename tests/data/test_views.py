@@ -32,7 +32,7 @@ def random(seed: int = 0) -> np.random.Generator:
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40), st.floats(0.05, 1.0), st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_image_becomes_a_square(width: int, height: int, size: int, least: float, seed: int) -> None:
     value = random(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
     view = ImageView(size=size, scale=[least, 1.0], flip=True, shift=0.2, strength=1.0)

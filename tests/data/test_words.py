@@ -53,7 +53,7 @@ PIECES = st.sampled_from(
 
 
 @pytest.mark.parametrize("name", SPECS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(texts=st.lists(st.one_of(st.lists(PIECES).map("".join), st.text()), max_size=4))
 def test_ids_are_the_tokenizers(name: str, texts: list[str]) -> None:
     tokenizer, words = PAIRS[name]

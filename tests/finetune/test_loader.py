@@ -61,7 +61,7 @@ def test_epochs_show_every_example_and_its_own_tokens(pack: bool) -> None:
     assert min(seen.values()) == 3 and set(seen) == set(range(50)) and sum(seen.values()) <= 3 * 50 + 4 * LENGTH
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     count=st.integers(1, 40),
     pack=st.booleans(),

@@ -105,7 +105,7 @@ def test_gradients_of_packed_rows_are_those_of_documents_alone(kind: str, build:
             torch.testing.assert_close(packed[name], parameter.grad, atol=2e-5 * max(scale, 1e-3), rtol=0)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.lists(st.integers(1, 12), max_size=5), min_size=1, max_size=3))
 def test_any_division_into_documents(build: Callable, rows: list[list[int]]) -> None:
     ids = torch.randint(1, 500, (len(rows), 60), generator=torch.Generator().manual_seed(1))

@@ -24,7 +24,7 @@ def joined(read: np.ndarray, written: np.ndarray) -> list[int]:
     return [t for token in read[:-1].tolist() for t in (gaps[token] if token >= FIRST else [token])]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 300), st.floats(0.05, 0.6), st.floats(1.0, 8.0), st.integers(0, 2**63))
 def test_both_parts_give_the_row(length: int, share: float, mean: float, seed: int) -> None:
     tokens = np.random.default_rng(0).integers(0, 900, length)

@@ -258,7 +258,7 @@ def test_a_line_break_in_a_path_is_refused() -> None:
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(arguments=st.lists(TEXT, max_size=5), value=TEXT.filter(lambda text: not set(text) & {"\n", "\r"}))
 def test_any_argument_and_variable_arrive_as_written(arguments: list[str], value: str) -> None:
     with tempfile.TemporaryDirectory() as folder:

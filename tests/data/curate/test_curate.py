@@ -137,7 +137,7 @@ def test_small_units_of_large_files_change_nothing(
         assert made.rows(tmp_path / "out", part) == made.rows(plain[0], part)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 9), max_size=12), min_size=1, max_size=4), st.integers(1, 12))
 def test_units_hold_every_document_once_in_order(sizes: list[list[int]], limit: int) -> None:
     runs = [units.Unit(number, 0, [], 0) for number in range(len(sizes))]

@@ -31,7 +31,7 @@ def test_what_counts_as_equal(one: str, other: str, same: bool) -> None:
     assert (content_hash(one) == content_hash(other)) is same
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=40))
 def test_duplicates_are_those_of_a_dictionary(hashes: list[tuple[int, int]]) -> None:
     first: dict[tuple[int, int], int] = {}

@@ -99,7 +99,7 @@ def test_signatures_are_datatroves(tmp_path: Path, made: SimpleNamespace) -> Non
     assert not stored[1].any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 4), max_size=12), max_size=6), st.integers(1, 5))
 def test_hashes_are_equal_where_ngrams_are(texts: list[list[int]], n: int) -> None:
     seen: dict[int, tuple[str, ...]] = {}
@@ -112,7 +112,7 @@ def test_hashes_are_equal_where_ngrams_are(texts: list[list[int]], n: int) -> No
     assert len(set(seen.values())) == len(seen)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 15)).filter(lambda p: p[0] != p[1]), max_size=20))
 def test_clusters_are_connected_components(links: list[tuple[int, int]]) -> None:
     """Against the closure by repeated scanning."""

@@ -147,7 +147,7 @@ def test_dictionaries_that_change_on_the_way_are_refused(tmp_path: Path) -> None
         scan("arrow", TEXT, path)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.tuples(st.text(max_size=20), st.binary(max_size=20), st.lists(st.integers(0, 99), max_size=5))),
     st.sampled_from(sorted(WRITERS)),

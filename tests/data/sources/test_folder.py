@@ -173,7 +173,7 @@ def test_urls_of_files_beside_a_shard() -> None:
     assert replace_suffix("/d.x/m.bin", ".idx") == "/d.x/m.idx"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.tuples(st.binary(max_size=20), st.text(max_size=20)), min_size=1, max_size=8), st.sampled_from(FORMS)
 )

@@ -97,7 +97,7 @@ def test_a_role_that_lines_cannot_hold_is_refused() -> None:
         make("jsonl", {"image": "picture"})
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.text(max_size=30), max_size=12), st.sampled_from(["jsonl", *COMPRESSED]))
 def test_any_texts_come_back(texts: list[str], kind: str) -> None:
     texts = [text.encode("utf-8", "replace").decode() for text in texts]

@@ -188,7 +188,7 @@ def test_sizes_of_columns_that_do_not_add_up_make_a_bad_sample(tmp_path: Path) -
     assert isinstance(bad, BadSample) and "has 7 bytes, its columns" in bad.why and good == {"text": "def"}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.text(max_size=20), st.binary(max_size=50), st.lists(st.integers(0, 255), min_size=1))))
 def test_any_samples_come_back(rows: list[tuple[str, bytes, list[int]]]) -> None:
     rows = [(text.encode("utf-8", "replace").decode(), image, ids) for text, image, ids in rows]

@@ -129,7 +129,7 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, field: str, value: int, r
         scan("megatron", TOKENS, path)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.lists(st.lists(st.integers(0, 2**16 - 1), max_size=8), max_size=3), max_size=20))
 def test_any_documents_come_back(documents: list[list[list[int]]]) -> None:
     flat = [{"tokens": [i for ids in document for i in ids]} for document in documents]

@@ -114,7 +114,7 @@ def test_a_row_that_is_not_there_is_bad(tmp_path: Path) -> None:
     assert content == BadSample("row 99 of row group 0 does not exist: there are 11")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.text(max_size=20), st.binary(max_size=20)), min_size=1), st.integers(1, 5))
 def test_any_rows_come_back(found: list[tuple[str, bytes]], size: int) -> None:
     found = [(text.encode("utf-8", "replace").decode(), image) for text, image in found]

@@ -284,7 +284,7 @@ def test_a_scan_holds_one_sample_at_a_time(tmp_path: Path) -> None:
 NAMES = st.text(st.characters(blacklist_categories=["C"], blacklist_characters="./\0"), min_size=1, max_size=120)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.dictionaries(NAMES, st.tuples(st.binary(max_size=2000), st.text(max_size=50)), max_size=8),
     st.sampled_from(["gnu", "pax"]),

@@ -92,7 +92,7 @@ def test_contiguous_missing_pages_are_one_request(folder: Folder) -> None:
         blob.read(len(DATA) - 1, 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_reads_equal_the_bytes(data: st.DataObject) -> None:
     """Pages of 16 bytes, a limit that holds some of them or all, versions that change, pages that are damaged."""

@@ -62,7 +62,7 @@ def test_content_once_per_node(kind: Any, write: Any, tmp_path: Path) -> None:
     assert node_cache()._sum() == len(DATA)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.binary(max_size=200), min_size=1, max_size=4), st.sampled_from(["gz", "zst"]))
 def test_members_follow_each_other(tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], kind: Any) -> None:
     root = tmp_path_factory.mktemp("members")

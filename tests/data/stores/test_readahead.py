@@ -171,7 +171,7 @@ def test_of_parquet_only_the_wanted_columns_of_the_row_groups(small_pages: None,
     assert len(pages_of(server)) <= 3  # a buffer of 4 KiB behind each chunk, and in front of the footer
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.lists(st.integers(0, 59), min_size=1, max_size=60))
 def test_bytes_under_way_are_bounded(limit: int, numbers: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch, SmallFolder() as folder:
@@ -202,7 +202,7 @@ class SmallFolder:
         self._kept.cleanup()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 999), st.integers(0, 300)), max_size=12))
 def test_missing_pages_are_those_of_the_ranges(ranges: list[tuple[int, int]]) -> None:
     with pytest.MonkeyPatch.context() as patch, SmallFolder() as folder:
@@ -384,7 +384,7 @@ def test_column_chunks_as_pyarrow_has_them(tmp_path: Path) -> None:
             assert found == wanted
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_damaged_footers_are_refused_or_give_ranges_within_the_file(data: st.DataObject) -> None:
     file = io.BytesIO()
