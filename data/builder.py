@@ -14,7 +14,7 @@ from millrace.core.errors import UserError
 from millrace.data.collate import cut_rows, pack_rows, stack_samples
 from millrace.data.config import DataConfig
 from millrace.data.corpus import Corpus
-from millrace.data.documents import Documents
+from millrace.data.documents import Documents, Looks
 from millrace.data.frames import Frame
 from millrace.data.mixture import Mixture, components, counts
 from millrace.data.state import SAMPLES, LoaderState, Stage
@@ -88,10 +88,8 @@ class Opened:
     def builder(self, share: Share | None = None) -> Builder:
         """What builds this rank's part, or a worker's share of it."""
         config = self.spec.config
-        documents = Documents(
-            self.corpus, self.tokenizer, config.max_bad_samples, config.threads, config.rows != "samples",
-            config.views_by_role(), self.spec.seed,
-        )  # fmt: skip
+        looks = Looks.of(config, self.spec.seed)
+        documents = Documents(self.corpus, self.tokenizer, config.max_bad_samples, config.threads, looks)
         return Builder(self.stream(documents, share), documents, self.tokenizer, self.spec.seed)
 
     def stream(self, documents: Expecting, share: Share | None = None) -> RowStream:

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from millrace.core.errors import UserError
+from millrace.data.config import DataConfig
 from millrace.data.corpus import Corpus
 from millrace.data.costs import Costs
 from millrace.data.index import ascending
@@ -58,6 +59,22 @@ class Taken:
     media: dict[int, tuple[Medium, ...]]
 
 
+@dataclass(frozen=True)
+class Looks:
+    """What is taken of the media of whole samples: views by modality, or the media themselves where there is none.
+
+    `seed` is the stream's.
+    """
+
+    views: Mapping[str, Sequence[View]]
+    seed: int
+
+    @classmethod
+    def of(cls, config: DataConfig, seed: int) -> Looks | None:
+        """None for samples that are packed."""
+        return cls(config.views_by_role(), seed) if config.rows == "samples" else None
+
+
 def bad_budget(corpus: Corpus, max_bad: int | None) -> int:
     """Samples that may be bad before it is an error (None: 0.1%, at least 10)."""
     return max(10, corpus.samples // 1000) if max_bad is None else max_bad
@@ -67,19 +84,21 @@ class Documents:
     """Documents of a corpus."""
 
     def __init__(
-        self, corpus: Corpus, tokenizer: Tokenizer, max_bad: int | None = None, threads: int = 1, packed: bool = True,
-        views: Mapping[str, Sequence[View]] | None = None, seed: int = 0,
-    ) -> None:  # fmt: skip
-        """`max_bad`: as for `bad_budget`. Media take positions only where documents are `packed`. `views` by modality:
-        what is taken of media instead of the media themselves; `seed` is the stream's.
-        """
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        max_bad: int | None = None,
+        threads: int = 1,
+        looks: Looks | None = None,
+    ) -> None:
+        """`max_bad`: as for `bad_budget`. `looks`: at samples that are not packed; media of others take positions."""
         self.reader = ShardReader(corpus)
         self.read_ahead = read_ahead(self.reader)
         self._threads, self._pool = threads, ThreadPoolExecutor(threads, thread_name_prefix="millrace-read")
         self._corpus, self._tokenizer = corpus, tokenizer
-        self._costs = Costs.stored(corpus.costs) if packed else None
+        self._costs = None if looks else Costs.stored(corpus.costs)
         self._budget = bad_budget(corpus, max_bad)
-        self._views, self._seed = dict(views or {}), seed
+        self._looks = looks
         self.seen: dict[str, np.ndarray] = {}  # the last medium of each name
         self._shelves: dict[int, _Shelf] = {}
         self._bad: dict[int, str] = {}
@@ -166,12 +185,12 @@ class Documents:
         found: list[tuple[Medium, ...] | str] = []
         for place, media in samples:
             try:
-                if not self._views:
+                if not self._looks or not self._looks.views:
                     found.append(tuple(medium.decode() for medium in media))
                     continue
                 span = np.array([[numbers[place], 0, 0, 0, 0, window]])
-                seed = int(row_seeds([span], self._seed)[0])
-                views = (medium.views(self._views.get(medium.role, ()), seed) for medium in media)
+                seed = int(row_seeds([span], self._looks.seed)[0])
+                views = (medium.views(self._looks.views.get(medium.role, ()), seed) for medium in media)
                 found.append(tuple(itertools.chain.from_iterable(views)))
             except ValueError as error:
                 found.append(str(error))

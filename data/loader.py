@@ -17,7 +17,7 @@ from millrace.data.builder import Builder, Opened, Spec, check_batch
 from millrace.data.collate import pack_rows, stack_samples, to_micro_batch, to_sample_batch, to_step_batch
 from millrace.data.config import DataConfig
 from millrace.data.corpus import Corpus
-from millrace.data.documents import Documents, bad_budget
+from millrace.data.documents import Documents, Looks, bad_budget
 from millrace.data.frames import Frame
 from millrace.data.heap import keep_freed_memory
 from millrace.data.manifest import manifest_folder
@@ -199,9 +199,8 @@ def heldout_batches(
     corpus = Corpus.load(paths)
     tokenizer = open_tokenizer(corpus, config.tokenizer or _tokenizer_of(config))
     packed = config.rows != "samples"
-    documents = Documents(
-        corpus, tokenizer, config.max_bad_samples, config.threads, packed, config.views_by_role(), _HELDOUT_SEED
-    )
+    looks = Looks.of(config, _HELDOUT_SEED)
+    documents = Documents(corpus, tokenizer, config.max_bad_samples, config.threads, looks)
     stage = Stage(
         start_window=0,
         manifests=corpus.fingerprints,

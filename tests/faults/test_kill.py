@@ -67,7 +67,7 @@ def test_a_rank_killed_anywhere_is_continued_to_the_same_end(
 ) -> None:
     saving = at in ("save", "commit")
     fault = {"kind": "signal", "signal": "SIGKILL", "at": at, "ranks": [rank], "steps": [6, 7, 8] if saving else [5]}
-    options = (*STEPS, f"engine.zero_stage={stage}")
+    options = (*STEPS, f"engine.zero_stage={stage}", *(() if saving else ("checkpoint.background=false",)))
     run = runs("run", [fault], *options)
     assert run.codes[rank] == -signal.SIGKILL and run.codes[1 - rank] == 1, run.said
     lost = run.said[1 - rank].replace("\n", " ")
