@@ -60,12 +60,13 @@ SITES: dict[str, tuple[Any, str]] = {
 
 
 def send(fault: dict[str, Any]) -> None:
-    """The process sends itself a signal (by name) where a function of `SITES` begins."""
+    """The process sends itself a signal (by name), once, where a function of `SITES` begins."""
     place, name = SITES[fault["at"]]
     real = getattr(place, name)
 
     def faulty(*arguments: Any) -> Any:
-        if due(fault):
+        if due(fault) and not fault.get("sent"):  # a second Ctrl-C would interrupt at once
+            fault["sent"] = True
             os.kill(os.getpid(), getattr(signal, fault["signal"]))
         return real(*arguments)
 
