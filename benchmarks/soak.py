@@ -78,7 +78,8 @@ def main() -> None:
     finally:
         if options.folder is None:
             shutil.rmtree(folder, ignore_errors=True)
-    _report(found, {"environment": environment, "options": {k: str(v) for k, v in vars(options).items() if k != "folder"}})
+    kept = {name: str(value) for name, value in vars(options).items() if name != "folder"}
+    _report(found, {"environment": environment, "options": kept})
 
 
 def _measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
