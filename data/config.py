@@ -125,7 +125,7 @@ class DataConfig:
             if not isinstance(given.get("role"), str):
                 raise ValueError(f"views: {given} has no role; say which modality it is of, such as role = 'image'")
             found.setdefault(given["role"], []).append(build(modality(given["role"]).view, given))
-        called = [name for role, views in found.items() for name in names(views, role)]
+        called = [name for views in found.values() for view in views for name in names(view)]
         if twice := {name for name in called if called.count(name) > 1}:
             raise ValueError(
                 f"views: {' and '.join(sorted(twice))} is the name of several; give each a name of its own"

@@ -54,7 +54,7 @@ class Encoded(NamedTuple):
         """
         whole, random = self.decode(), np.random.default_rng(seed)
         for view in wanted:
-            for name in names([view], self.role):
+            for name in names(view):
                 yield Medium(name, view.make(whole.value, self.raw, random), self.start, self.positions)
 
 

@@ -73,10 +73,8 @@ def resample(value: np.ndarray, rate: int, wanted: int) -> np.ndarray:
         return value
     frames = len(value)
     count = -(-frames * wanted // rate)
-    padded = _smooth(frames + frames // 8 + 64)
-    # Lengths in the ratio of the rates, so that the pitch stays.
-    unit = rate // np.gcd(rate, wanted)
-    padded = -(-padded // unit) * unit
+    unit = rate // int(np.gcd(rate, wanted))  # lengths in the ratio of the rates, so that the pitch stays
+    padded = unit * _smooth(-(-(frames + frames // 8 + 64) // unit))
     spectrum = np.fft.rfft(value, padded)
     made = np.fft.irfft(spectrum[: padded * wanted // rate // 2 + 1], padded * wanted // rate) * (wanted / rate)
     return made[:count].astype(np.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar, Protocol
 
@@ -62,9 +61,6 @@ def modality(role: str) -> Modality:
     return found
 
 
-def names(views: Sequence[View], role: str) -> list[str]:
-    """Under which names a batch holds a medium of `role`."""
-    if not views:
-        return [role]
-    mine = [view for view in views if getattr(view, "role", None) == role]
-    return [f"{view.name}{number}" if view.count > 1 else view.name for view in mine for number in range(view.count)]
+def names(view: View) -> list[str]:
+    """Under which names a batch holds what `view` makes of a medium."""
+    return [f"{view.name}{number}" for number in range(view.count)] if view.count > 1 else [view.name]
