@@ -274,12 +274,14 @@ def _evaluate(parts: Parts, point: Point, progress: Progress) -> float | None:
         began = time.perf_counter()
         found = evaluate(parts.objective, parts.engine, parts.heldout())
         loss = found.loss
+        text = {"bpb": found.bpb} if parts.objective.of_text and found.bytes else {}  # elsewhere bytes mean nothing
         parts.tracker.log(
-            "eval", step=point.step, loss=found.loss, bpb=found.bpb, tokens=found.tokens, bytes=found.bytes,
+            "eval", step=point.step, loss=found.loss, **text, tokens=found.tokens, bytes=found.bytes,
             seconds=time.perf_counter() - began, **found.averages,
         )  # fmt: skip
-        more = "".join(f", {name} {value:.4f}" for name, value in found.averages.items())
-        progress.say(f"step {point.step}: held-out {found.loss:.4f} nats/token, {found.bpb:.4f} bits per byte{more}")
+        more = f" nats/token, {found.bpb:.4f} bits per byte" if text else ""
+        more += "".join(f", {name} {value:.4f}" for name, value in found.averages.items())
+        progress.say(f"step {point.step}: held-out {found.loss:.4f}{more}")
     for entry in parts.sample() if parts.sample is not None else ():
         parts.tracker.log("sample", step=point.step, **entry)
     return loss
