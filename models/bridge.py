@@ -11,6 +11,7 @@ import torch
 from transformers import (
     AttentionInterface,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -27,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 
 from millrace.core.errors import UserError, did_you_mean
 from millrace.models import attention
+from millrace.models import codec as codec  # registers itself with transformers, as the next does
 from millrace.models import lstm as lstm  # registers itself with transformers
 from millrace.models.architecture import architecture, depth_sizes
 from millrace.models.config import ModelConfig
@@ -112,6 +114,30 @@ def build_model(
         return construct(make, seed, zero3_config)
     model = construct(make, None, zero3_config)
     load_weights(model, config.init)
+    return model
+
+
+def build_sized(
+    config: ModelConfig, cls: type[PretrainedConfig], seed: int, zero3_config: dict[str, Any] | None = None
+) -> Any:
+    """A model of AutoModel whose sizes are all in `model.config`, with weights as `build_model` draws or loads them.
+
+    Raises:
+        UserError: `model.depth`, keys that `cls` does not have, a folder with a model of another kind.
+    """
+    if config.depth is not None:
+        raise UserError(f"model.depth is no size of a {cls.model_type}; give sizes in [model.config]")
+    given, folder = _canonical(config.config, cls), config.init
+    if folder == "random":
+        built = checked(lambda: cls(**given))
+    else:
+        built = checked(lambda: AutoConfig.from_pretrained(hub_file(folder, "config.json"), **given))
+        if not isinstance(built, cls):
+            raise UserError(f"model.init = '{folder}' is a {built.model_type}, not a {cls.model_type}")
+    fresh = folder == "random"
+    model = construct(lambda: AutoModel.from_config(built), seed if fresh else None, zero3_config)
+    if not fresh:
+        load_weights(model, folder)
     return model
 
 

@@ -9,6 +9,9 @@ from torch.nn import functional as F
 
 from millrace.models.config import MelConfig
 
+_QUIET = 1e-4  # magnitude of which less is silence
+_WINDOWS = (64, 128, 256, 512, 1024, 2048)
+
 
 def mel_filters(config: MelConfig) -> Tensor:
     """Triangles (M, window // 2 + 1) of equal width on the mel scale (O'Shaughnessy's, as HTK has it), float32."""
@@ -24,6 +27,27 @@ def _mel(hertz: float) -> float:
     return 2595 * float(np.log10(1 + hertz / 700))
 
 
+def spectral_distance(a_BF: Tensor, b_BF: Tensor) -> Tensor:
+    """Mean distance (B,) of magnitudes and of their logarithms between two sounds' spectra, at six scales.
+
+    After Parallel WaveGAN (Yamamoto et al., https://arxiv.org/abs/1910.11480, section 2.2), with absolute magnitudes
+    as in SoundStream; windows longer than the sound are left out.
+    """
+    total, count = torch.zeros(len(a_BF), device=a_BF.device), 0
+    for size in _WINDOWS:
+        if size > a_BF.shape[1]:
+            break
+        window = torch.hann_window(size, device=a_BF.device)
+        a, b = (
+            torch.stft(each.float(), size, size // 4, window=window, center=False, return_complex=True).abs()
+            / window.sum()
+            for each in (a_BF, b_BF)
+        )
+        near = (a - b).abs() + ((a + _QUIET).log10() - (b + _QUIET).log10()).abs()
+        total, count = total + near.flatten(1).mean(1), count + 1
+    return total / max(count, 1)
+
+
 class LogMel(nn.Module):
     """log10 of the energy in mel bands, float32 (B, M, H), of sounds float32 (B, F)."""
 
@@ -33,8 +57,12 @@ class LogMel(nn.Module):
     def __init__(self, config: MelConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("filters", mel_filters(config), persistent=False)
-        self.register_buffer("window", torch.hann_window(config.window), persistent=False)
+        for name, value in self.constants().items():
+            self.register_buffer(name, value, persistent=False)
+
+    def constants(self) -> dict[str, Tensor]:
+        """The buffers."""
+        return {"filters": mel_filters(self.config), "window": torch.hann_window(self.config.window)}
 
     def forward(self, sound_BF: Tensor) -> Tensor:
         """Windows are centred on hops, with silence on both sides."""

@@ -6,12 +6,14 @@ if __name__ != "millrace.pretrain.objectives":
 # kind -> the objective's section of the configuration (no torch in its module), and the module itself
 CONFIGS = {
     "causal_lm": "millrace.pretrain.objectives.config:CausalLMConfig",
+    "codec": "millrace.pretrain.objectives.config:CodecConfig",
     "contrastive": "millrace.pretrain.objectives.config:ContrastiveConfig",
     "masked_lm": "millrace.pretrain.objectives.config:MaskedLMConfig",
     "span_corruption": "millrace.pretrain.objectives.config:SpanCorruptionConfig",
 }
 REGISTRY = {
     "causal_lm": "millrace.pretrain.objectives.causal_lm:CausalLM",
+    "codec": "millrace.pretrain.objectives.codec:CodecObjective",
     "contrastive": "millrace.pretrain.objectives.contrastive:Contrastive",
     "masked_lm": "millrace.pretrain.objectives.masked_lm:MaskedLM",
     "span_corruption": "millrace.pretrain.objectives.span_corruption:SpanCorruption",

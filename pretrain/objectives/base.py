@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from millrace.data.batch import IGNORED
@@ -151,3 +152,14 @@ def gather(found: Sequence[Figures], names: Sequence[str], device: torch.device)
             for name, column in zip(names, columns, strict=True)
         ]
     )
+
+
+def gathered(mine: Tensor) -> Tensor:
+    """All ranks' rows, rank after rank; without a gradient."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine
+    kind = mine.dtype
+    wire = mine.contiguous().to(torch.uint8) if kind == torch.bool else mine.contiguous()
+    parts = [torch.empty_like(wire) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, wire)
+    return torch.cat(parts).to(kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from millrace.core.config import build, option
+from millrace.core.config import build, option, section
 from millrace.core.errors import UserError
 from millrace.models.config import TowerConfig
 
@@ -48,6 +48,43 @@ class SpanCorruptionConfig:
             raise UserError(
                 f"[objective] needs a share between 0 and 1 and a span of 1 or more, not {self.share} and {self.span}"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdversaryConfig:
+    """What tells real from made, beside what makes."""
+
+    weight: float = option(0.0, "of its opinion beside the reconstruction, whose gradient it is scaled to; 0: none")
+    matching: float = option(1.0, "of its features, which shall be alike for real and made")
+    start: int = option(0, "step from which its opinion counts; it learns from the first")
+    width: int = option(64, "channels of its first layer")
+    layers: int = option(3, "that make its input coarser")
+    scales: int = option(1, "at which it looks, each half as fine as the one before")
+    lr: float = option(1.0, "its learning rate, in parts of the run's")
+
+    def __post_init__(self) -> None:
+        if min(self.weight, self.matching, self.start) < 0 or self.lr <= 0:
+            raise UserError("[objective.adversary] needs weight, matching and start of 0 or more, and lr above 0")
+        if min(self.width, self.layers, self.scales) < 1:
+            raise UserError("[objective.adversary] needs width, layers and scales of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecConfig:
+    """Code images or sounds and restore them (VQ-VAE, VQGAN, FSQ, VAE)."""
+
+    kind: Literal["codec"] = option("codec", "which objective")
+    view: str = option("", "the name in a batch of what is coded; image or audio if empty")
+    weight: float = option(
+        0.25, "of what the bottleneck costs: 0.25 for vq, 1e-6 to 1 for kl, in nats a latent; fsq and none have no cost"
+    )
+    spectra: float = option(1.0, "weight of the distance between spectra at several scales, of waveforms")
+    decay: float = option(0.99, "of the running means that codes follow")
+    adversary: AdversaryConfig = section(AdversaryConfig, "beside the codec")
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.spectra < 0 or not 0 <= self.decay < 1:
+            raise UserError("[objective] needs weight and spectra of 0 or more, and decay from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

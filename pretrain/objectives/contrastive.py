@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from millrace.core.errors import UserError
 from millrace.engine.engines import Engines
 from millrace.models.towers import Tower, build_encoder
-from millrace.pretrain.objectives.base import MAIN, Figures, Loss, Objective, Setting
+from millrace.pretrain.objectives.base import MAIN, Figures, Loss, Objective, Setting, gathered
 
 _ROWS = 1024  # of the matrix of similarities that are held at once
 Features = dict[str, Tensor]
@@ -133,17 +133,6 @@ class Gradients:
 
     def __init__(self, features: Features, temperature: Tensor, figures: Mapping[str, Tensor]) -> None:
         self.features, self.temperature, self.figures = features, temperature, figures
-
-
-def gathered(mine: Tensor) -> Tensor:
-    """All ranks' rows, rank after rank; without a gradient."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return mine
-    kind = mine.dtype
-    wire = mine.contiguous().to(torch.uint8) if kind == torch.bool else mine.contiguous()
-    parts = [torch.empty_like(wire) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, wire)
-    return torch.cat(parts).to(kind)
 
 
 class Towers(nn.Module):

@@ -1,0 +1,172 @@
+"""Codecs: every bottleneck trains the same at all ZeRO stages, ranks and micro-batches, and resumes to the bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.pretrain.samples_worker import BAD, LR, ROWS, objective_of, samples
+from tests.ranks import run_world
+
+_SMALL: dict[str, Any] = {"widths": [8, 16], "strides": [2, 2], "latent": 4, "codes": 16}
+_CRITIC = {"weight": 0.5, "width": 8, "layers": 2, "start": 2}
+
+
+def _of(adversary: dict[str, Any] | None = None, **model: Any) -> dict[str, Any]:
+    section = {"kind": "codec", "decay": 0.5, **({"adversary": adversary} if adversary else {})}
+    return {"objective": section, "model": {"kind": "codec", "config": _SMALL | model}}
+
+
+MEL = {"rate": 8000, "window": 64, "hop": 16, "bands": 16}
+KINDS = {
+    "vq": _of(_CRITIC, bottleneck="vq"),
+    "fsq": _of(bottleneck="fsq", levels=[5, 4, 3]),
+    "kl": _of(bottleneck="kl"),
+    "none": _of(_CRITIC | {"scales": 2}, bottleneck="none"),
+    "waveform": _of(_CRITIC, modality="audio", strides=[2, 4]),
+    "mel": _of(modality="audio", mel=MEL),
+}
+STAGES = {f"zero{stage}": {"stage": stage} for stage in range(4)} | {"zero3-thr0": {"stage": 3, "threshold": 0}}
+STEPS, HALF = 20, 8
+QUICK = ("vq", "kl")  # in every run of the tests
+
+
+class Found:
+    """Results by "KIND WORLD STAGE HOW", of some kinds at some stages."""
+
+    def __init__(self, folder: Path, kinds: Sequence[str], stages: Sequence[str]) -> None:
+        self.stages, self.results = stages, {}
+        for world in (1, 2):
+            jobs: list[dict[str, Any]] = []
+            for kind, stage in product(kinds, stages):
+                name, common = f"{kind} {world} {stage}", {**KINDS[kind], **STAGES[stage], "micro": 4 // (3 - world)}
+                if world == 1 and stage != "zero0":
+                    continue
+                jobs.append({"name": f"{name} whole", **common, "steps": STEPS})
+                if world == 2 and stage in ("zero0", "zero3"):
+                    saved = str(folder / name.replace(" ", "-"))
+                    jobs.append({"name": f"{name} half", **common, "steps": HALF, "save": saved})
+                    load = f"{saved}/step-{HALF:08d}"
+                    jobs.append({"name": f"{name} rest", **common, "steps": STEPS, "first": HALF, "load": load})
+            if world == 2:
+                bf16 = {"name": "bf16", **KINDS["vq"], **STAGES["zero2"], "micro": 4, "precision": "bf16"}
+                jobs.append({**bf16, "steps": STEPS})
+            path = folder / f"{world}.json"
+            path.write_text(json.dumps({"scenarios": jobs}))
+            out = run_world(Path(__file__).with_name("samples_worker.py"), world, [str(path)], timeout=500)
+            line = next(line for line in out.splitlines() if line.startswith("RESULT "))
+            self.results |= {r["name"]: r for r in json.loads(line[7:])}
+
+    def check(self, kind: str) -> None:
+        """It learns, the same at every stage and on any ranks and micro-batches, and resumes to the bit."""
+        first = self.results[f"{kind} 1 zero0 whole"]
+        losses = [step[0] for step in first["found"]]
+        assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+        for stage in self.stages:
+            other = self.results[f"{kind} 2 {stage} whole"]
+            assert other["loaded"] == first["loaded"], "equal first weights"
+            assert [step[0] for step in other["found"]] == pytest.approx(losses, rel=1e-4)
+            few = [torch.tensor(result["found"][:HALF]) for result in (other, first)]
+            torch.testing.assert_close(*few, rtol=1e-3, atol=1e-5)  # every figure, and the gradient
+        for stage in ("zero0", "zero3"):
+            whole, half, rest = (self.results[f"{kind} 2 {stage} {how}"] for how in ("whole", "half", "rest"))
+            assert half["found"] + rest["found"] == whole["found"]
+            assert (rest["loaded"], rest["after"]) == (half["after"], whole["after"])
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return Found(tmp_path_factory.mktemp("quick"), QUICK, ("zero0", "zero3"))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return Found(tmp_path_factory.mktemp("codecs"), list(KINDS), list(STAGES))
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_without_and_with_sharding(quick: Found, kind: str) -> None:
+    quick.check(kind)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1100)
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_every_stage(found: Found, kind: str) -> None:
+    found.check(kind)
+
+
+def test_what_follows_stays_exact_in_bf16(quick: Found) -> None:
+    result, other = quick.results["bf16"], quick.results["vq 2 zero0 whole"]
+    assert set(result["buffers"].values()) == {"torch.float32", "torch.int64"}
+    assert [step[0] for step in result["found"]] == pytest.approx([step[0] for step in other["found"]], rel=0.1)
+
+
+def test_equals_plain_torch(quick: Found) -> None:
+    """The adversary's pull, its weight, its own loss and the codebook, by the papers' formulas on the whole batch."""
+    result = quick.results["vq 2 zero3 whole"]
+    for step, expected in zip(result["found"][:HALF], _reference(KINDS["vq"], HALF), strict=True):
+        figures = dict(zip(result["figures"], step, strict=False))
+        assert figures == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def _reference(sections: dict[str, Any], steps: int) -> Iterator[dict[str, float]]:
+    objective: Any = objective_of(sections)
+    module, critic = objective.modules["model"], objective.modules["adversary"]
+    good = torch.tensor([row != BAD for row in range(ROWS)])
+    optimisers = [torch.optim.AdamW(part.parameters(), LR) for part in (module, critic)]
+    weight, book = 0.0, module.model.bottleneck
+    uses, sums = torch.zeros(16), torch.zeros(16, 4)
+    for number in range(steps):
+        batch = samples(number, 0, ROWS)
+        coded = module(**module.inputs(batch, torch.device("cpu")))
+        given, made = coded.given[good], coded.made[good]
+        restored, cost = (made - given).abs().flatten(1).mean(1).sum(), coded.cost_B[good].sum()
+        (opinion,), features = critic(made)
+        _, aims = critic(given)
+        matching = sum((a - b.detach()).abs().flatten(1).mean(1).sum() for a, b in zip(features, aims, strict=True)) / 2
+        opinion = -opinion.flatten(1).mean(1).sum()
+        norms = [
+            torch.autograd.grad(loss, made, retain_graph=True)[0].norm() for loss in (restored, opinion + matching)
+        ]
+        pull = weight * 0.5 * (opinion + matching) if number >= 2 else 0.0
+        grads = torch.autograd.grad((restored + 0.25 * cost + pull) / len(given), list(module.parameters()))
+        (real,), _ = critic(given)
+        (fake,), _ = critic(made.detach())
+        judged = (F.relu(1 - real) + F.relu(1 + fake)).flatten(1).mean(1).sum() / 2
+        others = torch.autograd.grad(judged / len(given), list(critic.parameters()))
+        for part, found in ((module, grads), (critic, others)):
+            for param, grad in zip(part.parameters(), found, strict=True):
+                param.grad = grad
+        for optimiser in optimisers:
+            optimiser.step()
+        weight = float(norms[0] / norms[1])
+        with torch.no_grad():
+            latent = F.normalize(coded.latent[good], dim=-1)
+            hot = F.one_hot(coded.index_BL[good].flatten(), 16).float()
+            uses = 0.5 * uses + 0.5 * hot.sum(0)
+            sums = 0.5 * sums + 0.5 * hot.T @ latent.flatten(0, 1)
+            typical = hot.sum() / 16
+            fresh = iter(_candidates(latent, batch.seeds[good.numpy()]))
+            for code in range(16):
+                if uses[code] < typical / 10 and (vector := next(fresh, None)) is not None:
+                    uses[code], sums[code] = typical, vector * typical
+            book.directions.copy_(F.normalize(sums, dim=1))
+        values = {"reconstruction": restored, "bottleneck": cost, "adversary": judged, "opinion": opinion}
+        values |= {"loss": restored + 0.25 * cost, "matching": matching}
+        yield {name: float(value.detach()) / len(given) for name, value in values.items()}
+
+
+def _candidates(latent_BLD: torch.Tensor, seeds: np.ndarray) -> list[torch.Tensor]:
+    """Four of every row, rows in the order of their seeds."""
+    order = sorted(range(len(seeds)), key=lambda row: int(seeds[row]))
+    length = latent_BLD.shape[1]
+    return [latent_BLD[row, at] for row in order for at in np.random.default_rng(seeds[row]).integers(0, length, 4)]
