@@ -13,6 +13,7 @@ if __name__ != "millrace.models":
 # Our own models, by what the configuration of a saved one names; those of transformers need no entry.
 CLASSES = {
     "Codec": "millrace.models.codec:Codec",
+    "Generator": "millrace.models.generator:Generator",
     "LstmForCausalLM": "millrace.models.lstm:LstmForCausalLM",
 }
 

@@ -28,7 +28,8 @@ from transformers.models.auto.modeling_auto import (
 
 from millrace.core.errors import UserError, did_you_mean
 from millrace.models import attention
-from millrace.models import codec as codec  # registers itself with transformers, as the next does
+from millrace.models import codec as codec  # registers itself with transformers, as the next two do
+from millrace.models import generator as generator
 from millrace.models import lstm as lstm  # registers itself with transformers
 from millrace.models.architecture import architecture, depth_sizes
 from millrace.models.config import ModelConfig

@@ -19,7 +19,7 @@ from transformers import initialization as init
 from millrace.core.config import build
 from millrace.models.bottleneck import Grid, Latent, build_bottleneck
 from millrace.models.config import MelConfig
-from millrace.models.convolutions import Decoder, Encoder, fit_to, pad_to_multiple
+from millrace.models.convolutions import Decoder, Encoder, fit_to, pad_to_multiple, signal_of
 from millrace.models.sound import LogMel
 
 BOTTLENECKS = ("vq", "fsq", "kl", "none")
@@ -120,9 +120,7 @@ class Codec(PreTrainedModel):
 
     def signal(self, values: Tensor) -> Tensor:
         """What is coded, float32 (B, C, *S), about -1 to 1: of images uint8 (B, height, width, 3) or sounds (B, F)."""
-        if self.config.modality == "image":
-            return values.movedim(-1, 1).float() / 127.5 - 1
-        return self.mel(values) / 2 + 1 if self.mel is not None else values.float()[:, None]
+        return signal_of(values) if self.mel is None else self.mel(values) / 2 + 1
 
     def latents(self, signal: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Latent, list[int]]:
         """(before the bottleneck (B, L, D), after it, sizes of their grid), rows of the grid one after the other."""

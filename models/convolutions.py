@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from millrace.models.conditioning import Words
+
 _CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
@@ -69,14 +71,22 @@ class Decoder(nn.Sequential):
 class Critic(nn.Module):
     """Tells what is real from what is made, patch by patch (Isola et al., https://arxiv.org/abs/1611.07004).
 
-    At several scales as in MelGAN (https://arxiv.org/abs/1910.06711), each half as fine as the one before.
+    At several scales as in MelGAN (https://arxiv.org/abs/1910.06711), each half as fine as the one before. Whether it
+    fits the words it is told by projection (Miyato and Koyama, https://arxiv.org/abs/1802.05637).
     """
 
-    def __init__(self, dimensions: int, channels: int, width: int, layers: int, scales: int) -> None:
+    def __init__(
+        self, shape: tuple[int, int], width: int, layers: int, scales: int, words: tuple[int, int] | None = None
+    ) -> None:
+        """`shape`: dimensions and channels of the input; `words`: vocabulary and width of what it is told, if it is."""
         super().__init__()
+        dimensions, channels = shape
         self._pool: Any = {1: F.avg_pool1d, 2: F.avg_pool2d}[dimensions]
         conv = _CONV[dimensions]
         kernel, stride = (15, 4) if dimensions == 1 else (4, 2)
+        last = width * min(2 ** (layers - 1), 8)
+        self.words = Words(*words) if words else None
+        self.told = nn.Linear(words[1], last, bias=False) if words else None
         self.scales = nn.ModuleList()
         for _ in range(scales):
             steps: list[nn.Module] = [
@@ -86,12 +96,13 @@ class Critic(nn.Module):
                 a, b = width * min(2 ** (number - 1), 8), width * min(2**number, 8)
                 steps.append(nn.Sequential(conv(a, b, kernel, stride, kernel // 2), norm(b), nn.LeakyReLU(0.2)))
             # Without a bias: while all opinions are within the hinge its gradient is 0, and Adam would step by noise.
-            steps.append(conv(width * min(2 ** (layers - 1), 8), 1, 3, padding=1, bias=False))
+            steps.append(conv(last, 1, 3, padding=1, bias=False))
             self.scales.append(nn.ModuleList(steps))
 
-    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, x: Tensor, *words: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """(opinions by scale, high where it looks real; features by scale and layer), each (B, channels, *sizes)."""
         x = x.to(next(self.parameters()).dtype)
+        told = self.told(self.words(*words)) if self.words is not None and self.told is not None else None
         opinions, features = [], []
         for number, layers in enumerate(self.scales):
             steps: Any = layers
@@ -99,8 +110,16 @@ class Critic(nn.Module):
             for step in steps:
                 hidden = step(hidden)
                 features.append(hidden)
-            opinions.append(features.pop())
+            opinion = features.pop()
+            if told is not None:
+                opinion = opinion + (features[-1] * told[(..., *[None] * (x.ndim - 2))]).mean(1, keepdim=True)
+            opinions.append(opinion)
         return opinions, features
+
+
+def signal_of(values: Tensor) -> Tensor:
+    """Images uint8 (B, height, width, 3) or sounds (B, F) as float32 (B, C, *S) from -1 to 1."""
+    return values.movedim(-1, 1).float() / 127.5 - 1 if values.ndim == 4 else values.float()[:, None]
 
 
 def mean_by_row(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ CONFIGS = {
     "causal_lm": "millrace.pretrain.objectives.config:CausalLMConfig",
     "codec": "millrace.pretrain.objectives.config:CodecConfig",
     "contrastive": "millrace.pretrain.objectives.config:ContrastiveConfig",
+    "gan": "millrace.pretrain.objectives.config:GanConfig",
     "masked_lm": "millrace.pretrain.objectives.config:MaskedLMConfig",
     "span_corruption": "millrace.pretrain.objectives.config:SpanCorruptionConfig",
 }
@@ -15,6 +16,7 @@ REGISTRY = {
     "causal_lm": "millrace.pretrain.objectives.causal_lm:CausalLM",
     "codec": "millrace.pretrain.objectives.codec:CodecObjective",
     "contrastive": "millrace.pretrain.objectives.contrastive:Contrastive",
+    "gan": "millrace.pretrain.objectives.gan:Gan",
     "masked_lm": "millrace.pretrain.objectives.masked_lm:MaskedLM",
     "span_corruption": "millrace.pretrain.objectives.span_corruption:SpanCorruption",
 }

@@ -8,6 +8,7 @@ accumulation. B rows, C channels, S sizes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,7 @@ from millrace.engine.engines import Engines
 from millrace.engine.twin import Twin, Weights, weights_of
 from millrace.models.convolutions import Critic, mean_by_row
 from millrace.models.initial import module_seed
-from millrace.pretrain.objectives.base import Loss
-from millrace.pretrain.objectives.config import AdversaryConfig
+from millrace.pretrain.objectives.config import AdversaryConfig, CriticConfig
 
 NAME = "adversary"  # of its engine
 _MOST = 1e4  # what the adaptive weight is at most, as in VQGAN
@@ -49,9 +49,13 @@ class Balance(nn.Module):
 class Adversary:
     """Judges what is made, with the weights that its engine has at the step's start."""
 
-    def __init__(self, config: AdversaryConfig, dimensions: int, channels: int, seed: int) -> None:
+    def __init__(
+        self, config: CriticConfig, shape: tuple[int, int], seed: int, words: tuple[int, int] | None = None
+    ) -> None:
+        """`shape` and `words` as of a `Critic`."""
+
         def make() -> Critic:
-            return Critic(dimensions, channels, config.width, config.layers, config.scales)
+            return Critic(shape, config.width, config.layers, config.scales, words)
 
         self._config = config
         with torch.random.fork_rng(devices=[]):
@@ -66,8 +70,10 @@ class Adversary:
         self._lent = weights_of(engines[NAME].module)
         self._squares = torch.zeros(2, dtype=torch.float64, device=engines.world.device)
 
-    def pull(self, real: Tensor, made: Tensor, good_B: Tensor, restoring: Tensor | None, balance: Balance) -> Pull:
+    def pull(self, real: Tensor, made: Tensor, good_B: Tensor, restoring: Tensor, balance: Balance) -> Pull:
         """Towards what it takes for real; `restoring` is the reconstruction's gradient with respect to `made`."""
+        config = self._config
+        assert isinstance(config, AdversaryConfig)
         leaf = made.detach().requires_grad_()
         opinions, features = self._twin(self._lent, leaf)
         opinion = -torch.stack([mean_by_row(each) for each in opinions]).mean(0)
@@ -75,22 +81,27 @@ class Adversary:
             _, aims = self._twin(self._lent, real)
         pairs = zip(features, aims, strict=True)
         matching = torch.stack([mean_by_row((a.float() - b.float()).abs()) for a, b in pairs]).mean(0)
-        total = ((opinion + self._config.matching * matching) * good_B).sum()
+        total = ((opinion + config.matching * matching) * good_B).sum()
         (gradient,) = torch.autograd.grad(total, leaf)
-        if restoring is not None:
-            self._squares += torch.stack([g.double().square().sum() for g in (restoring, gradient)])
-            gradient = gradient * (balance.weight * self._config.weight * (balance.steps >= self._config.start))
+        self._squares += torch.stack([g.double().square().sum() for g in (restoring, gradient)])
+        gradient = gradient * (balance.weight * config.weight * (balance.steps >= config.start))
         return Pull(gradient, (opinion.detach() * good_B).sum(), (matching.detach() * good_B).sum())
 
-    def judge(self, real: Tensor, made: Tensor, good_B: Tensor, engines: Engines, *, last: bool) -> Loss:
-        """The adversary's own loss."""
-        opinions, _ = engines[NAME].ds(torch.cat([real, made.detach()]))
+    def opinion(self, made: Tensor, good_B: Tensor, words: Sequence[Tensor] = ()) -> Tensor:
+        """Minus its opinion of what was made, summed over rows; its gradient reaches `made`, and nothing of its own."""
+        opinions, _ = self._twin(self._lent, made, *words)
+        return (-torch.stack([mean_by_row(each) for each in opinions]).mean(0) * good_B).sum()
+
+    def judge(
+        self, pair: tuple[Tensor, Tensor], good_B: Tensor, engines: Engines, words: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """The adversary's own loss of (real, made), summed over rows."""
+        opinions, _ = engines[NAME].ds(torch.cat([part.detach() for part in pair]), *(torch.cat([w, w]) for w in words))
         found = torch.zeros_like(good_B)
         for each in opinions:
             a, b = each.chunk(2)
             found = found + (mean_by_row(F.relu(1 - a)) + mean_by_row(F.relu(1 + b))) / (2 * len(opinions))
-        value = (found * good_B).sum()
-        return Loss(value, {NAME: value.detach()}, last, NAME)
+        return (found * good_B).sum()
 
     @torch.no_grad()
     def end_step(self, balance: Balance, *, taken: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from millrace.core.errors import UserError
 from millrace.data.batch import IGNORED
 from millrace.engine.checkpoint.write import ENGINE as MAIN
 from millrace.engine.engines import Engines
@@ -134,6 +135,19 @@ class OneModule(Objective):
     def __init__(self, module: nn.Module) -> None:
         super().__init__({MAIN: module})
         self.figures = tuple(module.figures)  # type: ignore[arg-type,union-attr]
+
+
+def medium(view: Any, name: str) -> Tensor:
+    """The images or sounds called `name` of a `SampleBatch`.
+
+    Raises:
+        UserError: samples do not have them, or not in one size.
+    """
+    values: Any = view.values.get(name)
+    if values is None or isinstance(values, list):
+        what = "are of several sizes" if values is not None else f"have no '{name}', but {', '.join(view.values)}"
+        raise UserError(f"samples {what}; name in data.views a view of one size, and in objective.view its name")
+    return values  # type: ignore[no-any-return]
 
 
 def model_files(model: Any) -> dict[str, str]:

@@ -21,7 +21,7 @@ from millrace.models.codec import Codec, CodecConfig, Coded
 from millrace.models.convolutions import mean_by_row, seeded_noise
 from millrace.models.sound import spectral_distance
 from millrace.pretrain.objectives.adversarial import NAME, Adversary, Balance
-from millrace.pretrain.objectives.base import MAIN, Figures, Loss, Objective, Setting, gathered, model_files
+from millrace.pretrain.objectives.base import MAIN, Figures, Loss, Objective, Setting, gathered, medium, model_files
 
 _LAST = 2**63 - 1
 _CANDIDATES = 4  # latents of each row that may replace dead codes
@@ -55,7 +55,7 @@ class CodecObjective(Objective):
     def build(cls, setting: Setting) -> CodecObjective:
         model = build_sized(setting.model, CodecConfig, setting.seed, setting.zero3)
         config, wanted = model.config, setting.objective.adversary
-        adversary = Adversary(wanted, config.dimensions, config.channels, setting.seed) if wanted.weight else None
+        adversary = Adversary(wanted, (config.dimensions, config.channels), setting.seed) if wanted.weight else None
         return cls(model, adversary, setting)
 
     def losses(self, views: Sequence[Any], engines: Engines) -> Iterator[Loss]:
@@ -79,7 +79,8 @@ class CodecObjective(Objective):
             self._count(module.model.bottleneck, coded, view)
             yield Loss(value, figures, last)
             if self._adversary is not None:
-                yield self._adversary.judge(coded.given, coded.made, good_B, engines, last=last)
+                judged = self._adversary.judge((coded.given, coded.made), good_B, engines)
+                yield Loss(judged, {NAME: judged.detach()}, last, NAME)
 
     def measure(self, view: Any, engines: Engines) -> Figures:
         coded = Coded(*engines.main.forward(view))
@@ -141,16 +142,8 @@ class CodecModule(nn.Module):
         self._view = view or model.config.modality
 
     def inputs(self, view: Any, device: torch.device) -> dict[str, Any]:
-        """The arguments of `forward` from a `SampleBatch`.
-
-        Raises:
-            UserError: samples do not have what is coded, or not in one size.
-        """
-        values = view.values.get(self._view)
-        if values is None or isinstance(values, list):
-            held = ", ".join(view.values)
-            what = f"have no '{self._view}', but {held}" if values is None else "are of several sizes"
-            raise UserError(f"samples {what}; name in data.views a view of one size, and in objective.view its name")
+        """The arguments of `forward` from a `SampleBatch`."""
+        values = medium(view, self._view)
         found = {"values": values.to(device, non_blocking=True)}
         if self.training and isinstance(self.model.bottleneck, Normal):
             grid = [-(-size // self.model.config.stride) for size in self._sizes(values)]

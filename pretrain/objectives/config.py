@@ -51,22 +51,31 @@ class SpanCorruptionConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AdversaryConfig:
-    """What tells real from made, beside what makes."""
+class CriticConfig:
+    """What tells real from made."""
 
-    weight: float = option(0.0, "of its opinion beside the reconstruction, whose gradient it is scaled to; 0: none")
-    matching: float = option(1.0, "of its features, which shall be alike for real and made")
-    start: int = option(0, "step from which its opinion counts; it learns from the first")
     width: int = option(64, "channels of its first layer")
     layers: int = option(3, "that make its input coarser")
     scales: int = option(1, "at which it looks, each half as fine as the one before")
     lr: float = option(1.0, "its learning rate, in parts of the run's")
 
     def __post_init__(self) -> None:
-        if min(self.weight, self.matching, self.start) < 0 or self.lr <= 0:
-            raise UserError("[objective.adversary] needs weight, matching and start of 0 or more, and lr above 0")
-        if min(self.width, self.layers, self.scales) < 1:
-            raise UserError("[objective.adversary] needs width, layers and scales of at least 1")
+        if min(self.width, self.layers, self.scales) < 1 or self.lr <= 0:
+            raise UserError("[objective.adversary] needs width, layers and scales of at least 1, and lr above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdversaryConfig(CriticConfig):
+    """What tells real from made, beside what restores."""
+
+    weight: float = option(0.0, "of its opinion beside the reconstruction, whose gradient it is scaled to; 0: none")
+    matching: float = option(1.0, "of its features, which shall be alike for real and made")
+    start: int = option(0, "step from which its opinion counts; it learns from the first")
+
+    def __post_init__(self) -> None:
+        CriticConfig.__post_init__(self)
+        if min(self.weight, self.matching, self.start) < 0:
+            raise UserError("[objective.adversary] needs weight, matching and start of 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +94,20 @@ class CodecConfig:
     def __post_init__(self) -> None:
         if self.weight < 0 or self.spectra < 0 or not 0 <= self.decay < 1:
             raise UserError("[objective] needs weight and spectra of 0 or more, and decay from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GanConfig:
+    """Make images or sounds from noise, and words, that an adversary takes for real."""
+
+    kind: Literal["gan"] = option("gan", "which objective")
+    view: str = option("", "the name in a batch of what is real; image or audio if empty")
+    decay: float = option(0.999, "of the running mean of the generator's weights, which people get to see")
+    adversary: CriticConfig = section(CriticConfig, "what judges")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise UserError(f"objective.decay = {self.decay}: give a number from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

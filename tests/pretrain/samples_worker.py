@@ -34,14 +34,20 @@ from millrace.pretrain.objectives import CONFIGS, REGISTRY
 from millrace.pretrain.objectives.base import Objective, Setting
 
 ROWS, BAD = 8, 5
-LR = 3e-3
+LR = 1e-3
+
+
+class Words:
+    """Of a tokenizer what objectives ask."""
+
+    vocab_size = 50
 
 
 def objective_of(scenario: dict[str, Any], zero3: dict[str, Any] | None = None) -> Objective:
     section = scenario["objective"]
     setting = Setting(
         objective=build(load(CONFIGS[section["kind"]]), section), model=build(ModelConfig, scenario["model"]),
-        eval=EvalSection(), tokenizer=None, sequence_length=16, rows="samples", seed=0, zero3=zero3,
+        eval=EvalSection(), tokenizer=Words(), sequence_length=16, rows="samples", seed=0, zero3=zero3,
     )  # fmt: skip
     kind: type[Objective] = lookup(REGISTRY, section["kind"], "objective")
     kind.check(setting)
@@ -57,9 +63,14 @@ def samples(number: int, first: int, stop: int) -> SampleBatch:
     images = (127.5 * (1 + waves * random.random((ROWS, 1, 1, 3)))).astype(np.uint8)
     sounds = np.sin(np.linspace(0, 60, 400) * pitch + phase).astype(np.float32) * random.random((ROWS, 1), np.float32)
     part = slice(first, stop)
+    words, lengths = random.integers(0, Words.vocab_size, (ROWS, 3)), random.integers(1, 4, ROWS)
     return SampleBatch(
-        {"image": torch.from_numpy(images[part]), "audio": torch.from_numpy(sounds[part])},
-        {"audio": torch.full((stop - first,), 400)},
+        {
+            "tokens": torch.from_numpy(words[part]),
+            "image": torch.from_numpy(images[part]),
+            "audio": torch.from_numpy(sounds[part]),
+        },
+        {"tokens": torch.from_numpy(lengths[part]), "audio": torch.full((stop - first,), 400)},
         list(range(first, stop)),
         [row != BAD for row in range(first, stop)],
         random.integers(0, 2**63, ROWS).astype(np.uint64)[part] * np.uint64(2),
