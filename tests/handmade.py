@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from millrace.data.tokenizer import Tokenizer, train_bpe
 from millrace.engine.checkpoint.tensorfile import file_sha256, write_tensors
@@ -47,23 +48,30 @@ def small_model(kind: str = "qwen3", length: int = 64, seed: int = 3, **config: 
 
 
 def write_checkpoint(
-    folder: Path, model: Any, tokenizer: Tokenizer | None = None, *, world: int = 2, step: int = 7, length: int = 64
+    folder: Path, model: Any, tokenizer: Tokenizer | None = None, *, world: int = 2, step: int = 7, settings: str = ""
 ) -> Path:
-    """`folder/step-N` as `world` ranks would have written it: every parameter is cut among all of them."""
+    """`folder/step-N` as `world` ranks would have written it: every parameter is cut among all of them.
+
+    `model` is one of transformers, or the module of an objective that holds one; `settings` is what the run's
+    configuration says beside the length.
+    """
     from millrace.engine.checkpoint.write import step_name
 
+    start, inner = ("model.", model) if hasattr(model, "config") else ("", model.model)
+    if not start:
+        inner.config.architectures = [type(inner).__name__]
     path = folder / step_name(step)
     (path / "model").mkdir(parents=True)
     (tokenizer or small_tokenizer()).save(path / "tokenizer")
-    (path / "model" / "config.json").write_text(model.config.to_json_string(use_diff=False))
-    (path / "config.toml").write_text(f"[data]\nsequence_length = {length}\n")
+    (path / "model" / "config.json").write_text(inner.config.to_json_string(use_diff=False))
+    (path / "config.toml").write_text(f"[data]\nsequence_length = 64\n{settings}")
     loader = {"stages": [{"manifests": ["f00d"]}], "window": 3, "packs_done": 5}
     trainer = {"step": step, "tokens": 1000 * step, "run_id": "abc", "loader": loader}
     (path / "trainer.json").write_text(json.dumps(trainer))
-    params = {f"model.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    fixed = {f"model.{n}": p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+    params = {start + n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    fixed = {start + n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
     saved = model.state_dict().keys()
-    fixed |= {f"model.{n}": b for n, b in model.named_buffers() if n in saved}
+    fixed |= {start + n: b for n, b in model.named_buffers() if n in saved}
     write_tensors(
         path / "fixed.safetensors", {k: (v.dtype, tuple(v.shape)) for k, v in fixed.items()}, fixed.__getitem__
     )
@@ -86,6 +94,21 @@ def write_checkpoint(
     }  # fmt: skip
     (path / "MANIFEST.json").write_text(json.dumps(manifest))
     return path
+
+
+def add_to_checkpoint(path: Path, fixed: Mapping[str, torch.Tensor], files: Mapping[str, str]) -> None:
+    """Give a checkpoint what an objective holds beside its model: fixed tensors and text files."""
+    with safe_open(str(path / "fixed.safetensors"), framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()} | dict(fixed)  # noqa: SIM118 (not a dict)
+    shapes = {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}
+    write_tensors(path / "fixed.safetensors", shapes, tensors.__getitem__)
+    for name, text in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    for name in ("fixed.safetensors", *files):
+        manifest["files"][name] = {"size": (path / name).stat().st_size, "sha256": file_sha256(path / name)}
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
 
 
 def _share(params: dict[str, torch.Tensor], rank: int, world: int) -> Iterator[tuple[str, int, torch.Tensor]]:

@@ -34,8 +34,10 @@ WAYS = {
     "zero1-bf16": ["engine.zero_stage=1", "engine.precision=bf16"],
     "zero2-bf16": ["engine.zero_stage=2", "engine.precision=bf16"],
     "zero3-bf16": ["engine.zero_stage=3", "engine.precision=bf16"],
+    "zero1-autocast": ["engine.zero_stage=1", "engine.precision=autocast"],
+    "zero3-autocast": ["engine.zero_stage=3", "engine.precision=autocast"],
 }
-FP32 = [w for w in WAYS if "bf16" not in w]
+FP32 = [w for w in WAYS if not w.endswith(("bf16", "autocast"))]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from millrace.core.errors import UserError
 from millrace.engine import export as module
@@ -20,6 +20,7 @@ from millrace.engine.export import export
 from millrace.models.bridge import build_model
 from millrace.models.config import ModelConfig
 from tests.handmade import alter, small_model, small_tokenizer, write_checkpoint
+from tests.pretrain.samples_worker import objective_of, samples
 from tests.ranks import ROOT, environment, run_world
 
 IDS = torch.arange(100).reshape(2, 50) * 7 % 300
@@ -32,7 +33,15 @@ SHARDED = {
     "qwen3": ["engine.zero_stage=2"],
     "llama": ["model.kind=llama", LLAMA, "engine.zero_stage=3", "engine.persistence_threshold=0"],
     "gpt2": ["model.kind=gpt2", "model.config={n_embd=32, n_layer=2, n_head=2}", "engine.zero_stage=1"],  # tied
-}
+    "recurrent_gemma": [
+        "model.kind=recurrent_gemma", "engine.zero_stage=3",
+        "model.config={hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2}",
+    ],
+    "mamba2": [
+        "model.kind=mamba2", "engine.zero_stage=2",
+        "model.config={hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=16, n_groups=1}",
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +148,53 @@ def test_configuration_makes_sense_to_others(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.generate(torch.tensor([[0, 5]]), max_new_tokens=3, do_sample=False).shape[1] <= 5
     assert not list((tmp_path / "out").glob("*.py"))
+
+
+def module_of(kind: str, **config: Any) -> Any:
+    """What an objective trains, every weight of it moved; beside the model it holds more."""
+    sections: dict[str, Any] = {"objective": {"kind": kind}, "model": {"config": config}}
+    sections["model"]["kind"] = "generator" if kind == "gan" else kind
+    module = objective_of(sections).modules["model"]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in module.parameters():
+            tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
+    return module.eval()
+
+
+SIZES = {"widths": [8, 16], "strides": [2, 2]}
+CODECS: list[dict[str, Any]] = [
+    {"latent": 4, "codes": 16},
+    {"bottleneck": "fsq", "levels": [5, 4, 3]},
+    {"modality": "audio", "mel": {"rate": 8000, "window": 64, "hop": 16, "bands": 16}, "codes": 16},
+]
+
+
+@pytest.mark.parametrize("config", CODECS)
+def test_codecs(config: dict[str, Any], tmp_path: Path) -> None:
+    module = module_of("codec", **SIZES, **config)
+    views = '{role = "image", name = "seen", size = 16}, {role = "audio", rate = 8000, seconds = 0.05, gain = 3.0}'
+    path = write_checkpoint(tmp_path, module, settings=f'views = [{views}]\n[objective]\nview = ""\n')
+    files = export(path, tmp_path / "out").files
+    assert {"config.json", "model.safetensors"} < set(files) and "generation_config.json" not in files
+    loaded, info = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    values = samples(0, 0, 4).values[module.model.config.modality]
+    ours, theirs = module.model(values), loaded.eval()(values)
+    assert torch.equal(ours.made, theirs.made) and torch.equal(module.model.encode(values), loaded.encode(values))
+    sound = config.get("modality") == "audio"
+    assert (tmp_path / "out" / "view.json").is_file() == sound, "the image's view has another name than is asked for"
+    if sound:
+        view = {"role": "audio", "rate": 8000, "seconds": 0.05}
+        assert json.loads((tmp_path / "out" / "view.json").read_text()) == view
+
+
+def test_of_a_generator_the_running_mean(tmp_path: Path) -> None:
+    module = module_of("gan", **SIZES, grid=4, noise=8)
+    export(write_checkpoint(tmp_path, module), tmp_path / "out")
+    loaded = AutoModel.from_pretrained(tmp_path / "out").eval()
+    noise = torch.randn(3, 8)
+    assert torch.equal(loaded(noise), module(noise)) and not torch.equal(loaded(noise), module.maker(noise))
 
 
 def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:

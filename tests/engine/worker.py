@@ -24,12 +24,11 @@ from millrace.engine.checkpoint.saver import save_checkpoint
 from millrace.engine.distributed import join_world, leave_world, world_size
 from millrace.engine.engines import Engines
 from millrace.engine.pace import Pace
-from millrace.engine.precision import choose_precision
 from millrace.engine.zero import deepspeed_config
 from millrace.pretrain.config import PretrainConfig, resolve
 from millrace.pretrain.loop import accumulate
 from millrace.pretrain.objectives.base import Objective
-from millrace.pretrain.run import build_engines, build_loader_at, objective_of
+from millrace.pretrain.run import build_engines, build_loader_at, objective_of, precision_of
 
 
 def run(config_path: str, scenario: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def run(config_path: str, scenario: dict[str, Any]) -> dict[str, Any]:
     AcceleratorState._reset_state(reset_partial_state=True)
     settings = deepspeed_config(
         config.engine,
-        choose_precision(config.engine.precision),
+        precision_of(config),
         micro_batch=config.train.micro_batch,
         accumulation=resolve(config, world_size()).accumulation,
         clip=config.optim.clip,
