@@ -23,7 +23,12 @@ SOURCES = {
 MODALITIES = {
     "image": "millrace.data.modalities.image:ImageModality",
     "audio": "millrace.data.modalities.audio:AudioModality",
+    "image_codes": "millrace.data.modalities.codes:CodesModality",
+    "audio_codes": "millrace.data.modalities.codes:CodesModality",
 }
+
+# Which role the codes of a medium have.
+CODES = {"image": "image_codes", "audio": "audio_codes"}
 
 # A store opens a blob by its URL; the key is the URL's scheme.
 STORES = {

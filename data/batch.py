@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +69,12 @@ class SampleBatch:
 
     `values` by role, or by the name of a view (`data.views`): `image` uint8 (B, height, width, 3), or a list of
     (height, width, 3) where sizes differ; `audio` float32 (B, longest), padded with zeros; `tokens` int64 (B, longest),
-    padded with [EOS]. `lengths` are those of the unpadded `audio` and `tokens`, int64 (B,). A bad sample has zeros, and
-    is not `good`.
+    padded with [EOS]; `image_codes`, `audio_codes` int32 (B, longest), padded with zeros. `lengths` are those of the
+    unpadded ones, int64 (B,).
+
+    Where manifests have different roles, all batches have all of them: a sample without one has zeros, and the length
+    0. So does a bad sample, which is not `good` either. Where no sample of a batch has a role, its sizes are the
+    view's, or those of the last one that was seen.
     """
 
     values: dict[str, torch.Tensor | list[torch.Tensor]]
@@ -78,6 +82,16 @@ class SampleBatch:
     samples: list[int]
     good: list[bool]
     seeds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))  # of what is random about each
+    present: dict[str, list[bool]] = field(default_factory=dict)  # by name, whether each sample has it
+
+    def has(self, name: str) -> list[bool]:
+        """Whether each sample has the value called `name`, which a bad one never has."""
+        return self.present.get(name, self.good)
+
+    def where(self, *names: str) -> SampleBatch:
+        """The same batch, in which only samples that have all of `names` are good."""
+        has = zip(self.good, *map(self.has, names), strict=True)
+        return replace(self, good=[all(each) for each in has])
 
     @property
     def nbytes(self) -> int:

@@ -146,7 +146,10 @@ def _windows(planned: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def stack_samples(rows: Sequence[np.ndarray], documents: Documents, seed: int) -> Arrays:
-    """Arrays of rows that are one sample each: `samples`, `good`, `seeds` (all (rows,)), each value as `ROLE/ROW`."""
+    """Arrays of rows that are one sample each: `samples`, `good`, `seeds` (all (rows,)), each value as `ROLE/ROW`.
+
+    `ROLE/` is what stands for it where no row of a micro-batch has one, so that all micro-batches look alike.
+    """
     arrays: Arrays = {"samples": np.full(len(rows), -1), "good": np.zeros(len(rows), bool)}
     arrays["seeds"] = row_seeds(rows, seed)
     planned, there = np.concatenate(list(rows)), [number for number, row in enumerate(rows) if len(row)]
@@ -154,17 +157,15 @@ def stack_samples(rows: Sequence[np.ndarray], documents: Documents, seed: int) -
         here, samples = there[first:stop], planned[first:stop, 0]
         taken = documents.take(int(planned[first, 5]), samples, None)
         arrays["samples"][here], arrays["good"][here] = samples, taken.good
+        texts = documents.has_text(samples)
         for number in np.flatnonzero(taken.good).tolist():
             media, begin, row = taken.media.get(number, ()), int(taken.starts[number]), here[number]
             arrays |= {f"{medium.role}/{row}": medium.value for medium in media}
-            if documents.text:
+            if texts[number]:
                 text = 1 + sum(medium.positions for medium in media)
                 arrays[f"tokens/{row}"] = taken.tokens[begin + text : begin + int(taken.lengths[number])]
-    for row in np.flatnonzero(~arrays["good"]).tolist():  # so that a micro-batch without any good sample has them, too
-        arrays |= {f"{name}/{row}": np.zeros_like(value) for name, value in documents.seen.items()}
-        if documents.text:
-            arrays[f"tokens/{row}"] = np.empty(0, np.int32)
-    return arrays
+    arrays |= {f"{name}/": np.zeros_like(value) for name, value in documents.seen.items()}
+    return arrays | ({"tokens/": np.zeros(1, np.int32)} if documents.text else {})
 
 
 def to_micro_batch(arrays: Mapping[str, np.ndarray], first: int = 0, stop: int | None = None) -> MicroBatch:
@@ -192,22 +193,23 @@ def to_sample_batch(arrays: Mapping[str, np.ndarray], first: int, stop: int, eos
 
     values: dict[str, torch.Tensor | list[torch.Tensor]] = {}
     lengths: dict[str, torch.Tensor] = {}
-    for role in dict.fromkeys(name.partition("/")[0] for name in arrays if "/" in name):
+    present: dict[str, list[bool]] = {}
+    for role in [name.removesuffix("/") for name in arrays if name.endswith("/")]:
         rows = [arrays.get(f"{role}/{number}") for number in range(first, stop)]
-        there = [row for row in rows if row is not None]
-        if not there:
-            continue
-        if there[0].ndim > 1:
-            values[role] = _stack([there[0] * 0 if row is None else row for row in rows])
+        present[role] = [row is not None for row in rows]
+        blank = next((row * 0 for row in rows if row is not None), arrays[f"{role}/"])
+        if blank.ndim > 1:
+            values[role] = _stack([blank if row is None else row for row in rows])
             continue
         counts = [0 if row is None else len(row) for row in rows]
-        padded = np.full((len(rows), max(counts)), eos_id if role == "tokens" else 0, there[0].dtype)
+        width = max(counts) if any(present[role]) else len(blank)
+        padded = np.full((len(rows), width), eos_id if role == "tokens" else 0, blank.dtype)
         for number, row in enumerate(rows):
             padded[number, : counts[number]] = () if row is None else row
         values[role] = _pinned(torch.from_numpy(padded).long() if role == "tokens" else torch.from_numpy(padded))
-        lengths[role] = torch.tensor(counts) * torch.from_numpy(arrays["good"][first:stop])
+        lengths[role] = torch.tensor(counts)
     samples, good = (arrays[name][first:stop].tolist() for name in ("samples", "good"))
-    return SampleBatch(values, lengths, samples, good, arrays["seeds"][first:stop])
+    return SampleBatch(values, lengths, samples, good, arrays["seeds"][first:stop], present)
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:

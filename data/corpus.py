@@ -1,19 +1,24 @@
-"""A corpus: one manifest or several, with sample numbers that stay valid when shards or manifests are added."""
+"""A corpus: one manifest or several, with sample numbers that stay valid when shards or manifests are added.
+
+Manifests may have different roles: images with text, sounds with text, text alone. A sample has those of its manifest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from millrace.core.errors import UserError
-from millrace.data import MODALITIES
+from millrace.data import CODES, MODALITIES
 from millrace.data.index import CHUNK, COLUMNS, Entries
 from millrace.data.manifest import Manifest
 from millrace.data.order import Blocks
 
 _BITS = 40  # a sample is (manifest << 40) + its ordinal there
+TEXT = ("text", "tokens")  # the roles that stand for text
 
 
 @dataclass(frozen=True)
@@ -33,25 +38,14 @@ class Corpus:
 
     def __init__(self, manifests: Sequence[Manifest]) -> None:
         self.manifests = list(manifests)
-        first = self.manifests[0]
-        for other in self.manifests[1:]:
-            if (other.columns.keys(), other.tokenizer, other.costs) != (
-                first.columns.keys(),
-                first.tokenizer,
-                first.costs,
-            ):
-                raise UserError(
-                    f"{first.folder} and {other.folder} do not go together: columns {sorted(first.columns)} and "
-                    f"{sorted(other.columns)}, tokenizer {str(first.tokenizer)[:12]} and {str(other.tokenizer)[:12]}; "
-                    "prepare them with the same --tokenizer and options"
-                )
+        _check_alike(self.manifests)
         self.samples = sum(m.samples for m in self.manifests)
         self.bytes = sum(m.bytes for m in self.manifests)
         self.tokens = sum(m.tokens for m in self.manifests)  # targets in an epoch; 0 when not counted
         self.counted = all(m.counted for m in self.manifests)
-        self.costs = first.costs  # rules of media
-        self.media = any(role in first.columns for role in MODALITIES)
-        self.text = "text" in first.columns or "tokens" in first.columns
+        self.costs = {role: rule for m in self.manifests for role, rule in m.costs.items()}  # of media
+        self.media = [role for role in MODALITIES if any(role in m.columns for m in self.manifests)]
+        self.texts = [m for m in self.manifests if any(role in m.columns for role in TEXT)]
         self.fingerprints = tuple(m.fingerprint for m in self.manifests)
 
     @classmethod
@@ -100,10 +94,17 @@ class Corpus:
             out[:, here] = self.manifests[number].index.lookup(samples[here] & _ORDINAL, columns)
         return out
 
+    def having(self, samples: np.ndarray, roles: Iterable[str]) -> np.ndarray:
+        """Whether each of `samples` has one of `roles`, bool of shape (N,)."""
+        with_it = [n for n, manifest in enumerate(self.manifests) if not manifest.columns.keys().isdisjoint(roles)]
+        return np.isin(samples >> _BITS, with_it)
+
     def count_longer(self, length: int) -> int:
-        """Samples of a counted corpus that cost more than `length` positions; memory of one index file."""
+        """Samples with media of a counted corpus that cost more than `length` positions; memory of one index file."""
         found = 0
         for number, manifest in enumerate(self.manifests):
+            if manifest.columns.keys().isdisjoint(MODALITIES):
+                continue
             for start in range(0, manifest.samples, CHUNK):
                 samples = (number << _BITS) + np.arange(start, min(start + CHUNK, manifest.samples))
                 found += int((self.lookup(samples, ("tokens",)) > length).sum())
@@ -161,6 +162,29 @@ class Corpus:
 
 
 _ORDINAL = (1 << _BITS) - 1
+
+
+def _check_alike(manifests: Sequence[Manifest]) -> None:
+    """Refuse manifests whose samples cannot stand in one batch: what two of them have must be made alike."""
+    known: dict[str, tuple[Manifest, Any]] = {}
+    for manifest in manifests:
+        for name, value in _facts(manifest).items():
+            first, other = known.setdefault(name, (manifest, value))
+            if value != other:
+                raise UserError(
+                    f"{first.folder} and {manifest.folder} do not go together: {name} {_short(other)} and "
+                    f"{_short(value)}; prepare them with the same --tokenizer, --codec and options"
+                )
+
+
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    facts: dict[str, Any] = {f"costs of {role}": rule for role, rule in manifest.costs.items()}
+    facts |= {f"the codec of {role}": manifest.codecs.get(role) for role in CODES.values() if role in manifest.columns}
+    return facts | ({"tokenizer": manifest.tokenizer} if any(role in manifest.columns for role in TEXT) else {})
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else str(value)
 
 
 def _shards_at(manifest: Manifest, fingerprint: str) -> int | None:

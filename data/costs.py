@@ -34,8 +34,9 @@ class Costs:
         return hash(tuple(self._rules))
 
     def of(self, columns: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """The rules that samples with these roles need, as the manifest stores them."""
-        return {role: asdict(rule) for role, rule in self._rules.items() if role in columns}  # type: ignore[arg-type]
+        """The rules that samples with these roles need, as the manifest stores them: those that have options."""
+        rules = {role: asdict(rule) for role, rule in self._rules.items() if role in columns}  # type: ignore[arg-type]
+        return {role: rule for role, rule in rules.items() if rule}
 
     @classmethod
     def stored(cls, rules: Mapping[str, Mapping[str, Any]]) -> Costs:

@@ -15,10 +15,10 @@ import numpy as np
 
 from millrace.core.errors import UserError
 from millrace.data.config import DataConfig
-from millrace.data.corpus import Corpus
+from millrace.data.corpus import TEXT, Corpus
 from millrace.data.costs import Costs
 from millrace.data.index import ascending
-from millrace.data.modalities.base import View
+from millrace.data.modalities.base import View, modality, names
 from millrace.data.order import row_seeds
 from millrace.data.parts import Encoded, Medium, Part, build_part, join_parts, tokens_part
 from millrace.data.readahead import read_ahead
@@ -74,6 +74,12 @@ class Looks:
         """None for samples that are packed."""
         return cls(config.views_by_role(), seed) if config.rows == "samples" else None
 
+    def blanks(self, roles: Sequence[str]) -> dict[str, np.ndarray]:
+        """What stands for samples without them in the place of all that is taken of media of these roles, by name."""
+        if not self.views:
+            return {role: modality(role).blank() for role in roles}
+        return {name: view.blank() for role in roles for view in self.views.get(role, ()) for name in names(view)}
+
 
 def bad_budget(corpus: Corpus, max_bad: int | None) -> int:
     """Samples that may be bad before it is an error (None: 0.1%, at least 10)."""
@@ -99,7 +105,7 @@ class Documents:
         self._costs = None if looks else Costs.stored(corpus.costs)
         self._budget = bad_budget(corpus, max_bad)
         self._looks = looks
-        self.seen: dict[str, np.ndarray] = {}  # the last medium of each name
+        self.seen = looks.blanks(corpus.media) if looks else {}  # the last medium of each name, at first a blank
         self._shelves: dict[int, _Shelf] = {}
         self._bad: dict[int, str] = {}
         self._refused: dict[int, str] = {}
@@ -108,12 +114,16 @@ class Documents:
     @property
     def media(self) -> bool:
         """Whether documents have images or sounds."""
-        return self._corpus.media
+        return bool(self._corpus.media)
 
     @property
     def text(self) -> bool:
-        """Whether documents have text or tokens."""
-        return self._corpus.text
+        """Whether any have text or tokens."""
+        return bool(self._corpus.texts)
+
+    def has_text(self, samples: np.ndarray) -> np.ndarray:
+        """Whether each of `samples` has text or tokens, bool of shape (N,)."""
+        return self._corpus.having(samples, TEXT)
 
     def expect(self, window: int, samples: np.ndarray) -> None:
         """Announce that each of `samples` (with repetitions) will be taken once for `window`; begin to read them."""

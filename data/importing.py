@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from millrace.core.console import warn
 from millrace.core.errors import UserError
@@ -19,13 +17,12 @@ from millrace.core.rundir import write_atomic
 from millrace.data import MODALITIES
 from millrace.data.dataset_files import DatasetName, read_json, shard_name
 from millrace.data.dataset_values import Inside, value_of
-from millrace.data.index import publish
+from millrace.data.parquet_shard import ParquetShard
 from millrace.data.sources.base import BadSample, Value
 
 if TYPE_CHECKING:
     from millrace.data.dataset_rows import DatasetRows
 
-_GROUP_BYTES, _GROUP_ROWS = 2**20, 4096  # of a row group: a block, whose samples are read together
 _TOLD = 8  # bad rows that are named
 
 
@@ -71,9 +68,9 @@ def import_dataset(text: str, folder: Path, options: Import) -> None:
     rows = DatasetRows(DatasetName.parse(text), list(options.columns.values()))
     folder.mkdir(parents=True, exist_ok=True)
     state = _begin(text, folder, rows.identity)
-    shard: _Shard | None = None
+    shard: ParquetShard | None = None
     for row in rows.read(state.at):
-        shard = shard or _Shard(folder / shard_name(state.shards), _schema(options, rows))
+        shard = shard or ParquetShard(folder / shard_name(state.shards), _schema(options, rows))
         record, why = _record(row, options.columns, rows.inside)
         if why:
             _bad(f"'{text}', row {state.rows}: {why}", state.bad, options.on_bad)
@@ -102,7 +99,7 @@ def _begin(text: str, folder: Path, identity: str) -> _State:
     return state
 
 
-def _close(shard: _Shard, state: _State, folder: Path) -> _State:
+def _close(shard: ParquetShard, state: _State, folder: Path) -> _State:
     shard.close()
     state = replace(state, shards=state.shards + 1, bytes=state.bytes + shard.bytes)
     state.write(folder)
@@ -133,48 +130,3 @@ def _bad(what: str, before: int, on_bad: str) -> None:
         raise UserError(f"{what}; mend the data set, or leave such rows out with --on-bad skip")
     if before < _TOLD:
         warn(f"{what}; it is left out{' (no more of them are named)' if before == _TOLD - 1 else ''}")
-
-
-class _Shard:
-    """A Parquet file that appears under its name when it is closed."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.bytes = 0
-        self._path, self._schema = path, schema
-        self._temporary = path.with_name(f".{path.name}.tmp")
-        media = [field.name for field in schema if field.type == pa.binary()]
-        self._writer = pq.ParquetWriter(
-            self._temporary,
-            schema,
-            compression="none" if media else "zstd",  # images and sounds are compressed already
-            use_dictionary=False,
-            write_statistics=False,
-        )
-        self._rows: list[dict[str, Value | None]] = []
-        self._group = 0
-
-    def add(self, record: dict[str, Value | None]) -> None:
-        """Write a row."""
-        self._rows.append(record)
-        size = sum(map(_size, record.values()))
-        self.bytes += size
-        self._group += size
-        if self._group >= _GROUP_BYTES or len(self._rows) >= _GROUP_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema), row_group_size=len(self._rows))
-        self._rows, self._group = [], 0
-
-    def close(self) -> None:
-        """Write what is left, durably."""
-        self._flush()
-        self._writer.close()
-        publish(self._temporary, self._path)
-
-
-def _size(value: Value | None) -> int:
-    if isinstance(value, str):
-        return len(value.encode())
-    return value.nbytes if isinstance(value, np.ndarray) else len(value or b"")

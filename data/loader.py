@@ -233,6 +233,6 @@ def heldout_batches(
 
 
 def _tokenizer_of(config: DataConfig) -> str | None:
-    first = config.manifest if isinstance(config.manifest, str) else config.manifest[0]
-    stored = stored_tokenizer(manifest_folder(first)) if first else None
-    return str(stored) if stored else None
+    folders = [config.manifest] if isinstance(config.manifest, str) else config.manifest
+    stored = [stored_tokenizer(manifest_folder(folder)) for folder in folders if folder]
+    return next((str(path) for path in stored if path), None)

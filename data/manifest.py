@@ -5,11 +5,12 @@ are relative where they move together with the manifest, otherwise absolute path
 
 The cost of a sample (`tokens` in the index, in a shard and in the totals) is text tokens + 1 + positions of its media;
 `columns` says which roles it has, `tokenizer` is the hash of what counted its text, and `costs` are the rules that
-counted its media (see `millrace.data.costs`). All costs are 0 where they were not counted.
+counted its media (see `millrace.data.costs`). All costs are 0 where they were not counted. `codecs`, where there are
+any, are the hashes of what made its codes.
 
-The fingerprint is the end of a chain of SHA-256: over the header (version, columns, tokenizer, costs), then shard by
-shard over (kind, SHA-256, samples, groups, entries). So an older state of a manifest that grew since is known by its
-fingerprint (`Manifest.prefix`).
+The fingerprint is the end of a chain of SHA-256: over the header (version, columns, tokenizer, costs, and codecs where
+there are any), then shard by shard over (kind, SHA-256, samples, groups, entries). So an older state of a manifest
+that grew since is known by its fingerprint (`Manifest.prefix`).
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ class Header:
     columns: dict[str, str]  # role -> column or field
     tokenizer: str | None  # hash that the token costs belong to
     costs: dict[str, dict[str, Any]]  # role of a medium -> rule
+    codecs: dict[str, str] = field(default_factory=dict)  # role of codes -> hash of the codec
+
+    def record(self) -> dict[str, Any]:
+        """As it is written: without codecs where there are none, as before there were any."""
+        return {name: value for name, value in asdict(self).items() if name != "codecs" or value}
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Manifest:
         self.columns: dict[str, str] = record["columns"]
         self.tokenizer: str | None = record["tokenizer"]  # hash that the token costs belong to
         self.costs: dict[str, dict[str, Any]] = record["costs"]
+        self.codecs: dict[str, str] = record.get("codecs", {})
         self.sources: list[dict[str, Any]] = record["sources"]
         self.shards = [Shard(**shard) for shard in record["shards"]]
         self.samples: int = record["totals"]["samples"]
@@ -184,7 +191,8 @@ def fingerprints(record: Mapping[str, Any]) -> list[str]:
 
     Over content and order, not over where files lie, which source they belong to, or how sources are called.
     """
-    header = {name: record[name] for name in ("version", "columns", "tokenizer", "costs")}
+    names = ("version", "columns", "tokenizer", "costs", "codecs")
+    header = {name: record[name] for name in names if name in record}
     chain = [hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()]
     for s in record["shards"]:
         link = [chain[-1], s["kind"], s["sha256"], s["samples"], s["groups"], s["entries"]]
@@ -212,7 +220,7 @@ def build_manifest(
     record: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        **asdict(header),
+        **header.record(),
         "totals": totals,
         "sources": count_sources(names, every),
         "shards": [asdict(shard) for shard in every],

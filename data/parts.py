@@ -88,13 +88,12 @@ def build_part(contents: Sequence[Content], tokenizer: Tokenizer, costs: Costs |
     """
     part = Part(np.empty(0, np.int32), np.zeros(len(contents) + 1, np.int64), bad=_bad(contents))
     good = {number: one for number, one in enumerate(contents) if not isinstance(one, BadSample)}
-    roles = [role for role in MODALITIES if good and role in next(iter(good.values()))]
     heads, texts = np.ones(len(contents), np.int64), {}
     for (number, record), ids in zip(good.items(), _ids(list(good.values()), tokenizer), strict=True):
         try:
             if isinstance(ids, BadSample):
                 raise ValueError(ids.why)
-            if roles:
+            if roles := [role for role in MODALITIES if role in record]:
                 part.media[number] = list(_media(record, roles, costs))
                 heads[number] += sum(medium.positions for medium in part.media[number])
         except ValueError as error:
@@ -139,10 +138,17 @@ def _bad(contents: Sequence[Content]) -> dict[int, str]:
 
 
 def _ids(records: Sequence[Record], tokenizer: Tokenizer) -> Sequence[np.ndarray | BadSample]:
-    """Token ids of the texts, or those that are there already; borders that they have are left out."""
-    if not records or "tokens" not in records[0]:
-        return tokenizer.encode_words([str(record.get("text", "")) for record in records])
-    given = [np.asarray(record["tokens"]) for record in records]
+    """Token ids of the texts, none where there is no text, or those that are there already."""
+    given = iter(_given([np.asarray(record["tokens"]) for record in records if "tokens" in record], tokenizer))
+    texts = [str(record.get("text", "")) for record in records if "tokens" not in record]
+    made = iter(tokenizer.encode_words(texts))
+    return [next(given if "tokens" in record else made) for record in records]
+
+
+def _given(given: list[np.ndarray], tokenizer: Tokenizer) -> Sequence[np.ndarray | BadSample]:
+    """Token ids that are there already; borders that they have are left out."""
+    if not given:
+        return []
     joined = np.concatenate(given)
     ends = np.cumsum([len(ids) for ids in given])
     starts = np.concatenate([[0], ends[:-1]])[ends > np.concatenate([[0], ends[:-1]])]

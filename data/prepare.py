@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,14 +17,16 @@ from typing import Any, Literal
 from millrace.core.config import option
 from millrace.core.errors import UserError, did_you_mean
 from millrace.core.rundir import write_atomic
-from millrace.data import MODALITIES, SOURCES
+from millrace.data import CODES, MODALITIES, SOURCES
+from millrace.data.coding import Coder, Coding, begin, encode_files, encoded, save_codecs
 from millrace.data.costs import Costs
 from millrace.data.dataset_files import DATASET, dataset_files
 from millrace.data.importing import Import, import_dataset
 from millrace.data.inputs import InputFile, Progress, import_folder, name_inputs, resolve
 from millrace.data.manifest import Header, Kept, Manifest, build_manifest
 from millrace.data.modalities.base import modality
-from millrace.data.prepared import Prepared, claim, difference, index_files, tidy
+from millrace.data.prepared import Prepared, claim, codes_folder, difference, index_files, tidy
+from millrace.data.ranks import Alone, Ranks
 from millrace.data.stores.base import StoreError
 from millrace.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from millrace.data.units import UnitOptions, documents, make_units
@@ -112,20 +114,34 @@ def _no_progress(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    config: PrepareConfig
+    config: PrepareConfig  # of the files that are indexed
+    options: dict[str, Any]  # that the folder was begun with
     out: Path
     names: list[str]  # of the sources
     files: list[InputFile]
     new: list[InputFile]  # those of them that no earlier call finished
     done: Prepared | None
     progress: Progress
+    coders: Mapping[str, Coder]
+    bad: list[str]  # samples whose media could not be encoded
 
 
-def prepare(config: PrepareConfig, progress: Progress = _no_progress) -> Summary:
+_NO_CODERS: Mapping[str, Coder] = {}
+
+
+def prepare(
+    config: PrepareConfig,
+    progress: Progress = _no_progress,
+    coders: Mapping[str, Coder] = _NO_CODERS,
+    ranks: Ranks | None = None,
+) -> Summary:
     """Write a manifest folder, continuing what an interrupted call with the same options left.
 
     In a finished folder the same call indexes the files that were added to the inputs, and appends them; without any
     it returns the summary. Inputs that changed during an unfinished preparation are prepared again.
+
+    Media of a role that has one of `coders` are encoded into Parquet shards below `out`, which are indexed in the place
+    of the inputs. `ranks` encode files in turn, all into the same folder; the rest is done by the first of them.
 
     Raises:
         UserError: inputs that are missing, empty, undecodable or changed; a folder that holds something else.
@@ -134,25 +150,67 @@ def prepare(config: PrepareConfig, progress: Progress = _no_progress) -> Summary
         raise UserError("nothing to prepare: name at least one file, folder, glob, URL or data set")
     if not config.out:
         raise UserError("no folder to write to: set out, such as --out data/corpus")
-    out, options = Path(config.out).absolute(), _options(config)
+    ranks = ranks or Alone()
+    for role in coders:
+        if role not in config.columns or role not in CODES:
+            raise UserError(f"a codec of '{role}', which samples do not have; add --{role} COLUMN")
+        if CODES[role] in config.columns:
+            raise UserError(f"samples have {CODES[role]} already; leave them out, or the codec of '{role}'")
+    ranks.on_main(lambda: _begin(config, coders, progress))
+    if coders:
+        out, files = Path(config.out).absolute(), _named_files(config)
+        coding = _coding(config, coders, progress, ranks)
+        with _continued(out):
+            encode_files(files, codes_folder(out), coding)
+        ranks.barrier()
+    return ranks.on_main(lambda: _index(config, coders, progress))
+
+
+def _begin(config: PrepareConfig, coders: Mapping[str, Coder], progress: Progress) -> None:
+    """Take the folder, and import what has to be; what is there of other inputs or options is refused or removed."""
+    out, options = Path(config.out).absolute(), _options(config, coders)
     done = Prepared.load(out)
     if done is None:
         claim(out, options)
     elif changed := difference(done.options, options):
         raise UserError(f"{out} was prepared with other options ({changed}); name a new folder")
-    named = name_inputs(config.inputs)
-    inputs = list(named.values())
     with _continued(out):
-        _import(config, inputs, out, done, progress)
-    files = _files(config, inputs, out)
-    job = _Job(config, out, list(named), files, done.added(files, out) if done else files, done, progress)
+        _import(config, list(name_inputs(config.inputs).values()), out, done, progress)
+        if coders:
+            begin(_named_files(config), codes_folder(out), {url for url, *_ in done.files} if done else ())
+
+
+def _index(config: PrepareConfig, coders: Mapping[str, Coder], progress: Progress) -> Summary:
+    out, options, files = Path(config.out).absolute(), _options(config, coders), _named_files(config)
+    bad: list[str] = []
+    if coders:
+        files, bad = encoded(files, codes_folder(out))
+        roles = _coding(config, coders, progress, Alone()).roles.values()
+        named: dict[str, Any] = {role: role if role in roles else None for role in ROLES}
+        config = replace(config, **named, media={role: role for role in roles if role not in ROLES})
+    done, names = Prepared.load(out), list(name_inputs(config.inputs))
+    new = done.added(files, out) if done else files
+    job = _Job(config, options, out, names, files, new, done, progress, coders, bad)
     if done and not job.new:
         shutil.rmtree(out / ".work", ignore_errors=True)
         tokenizer = str(out / "tokenizer") if (out / "tokenizer").is_dir() else None
         return Summary(**{**done.summary, "out": str(out), "tokenizer": tokenizer, "already_done": True})
     with _continued(out):
         (out / ".work").mkdir(exist_ok=True)
+        save_codecs(coders, out / "codecs")
         return _finish(job, _tokenizer(job))
+
+
+def _coding(config: PrepareConfig, coders: Mapping[str, Coder], progress: Progress, ranks: Ranks) -> Coding:
+    return Coding(
+        columns=config.columns,
+        coders=coders,
+        shard_size=config.shard_size,
+        on_bad=config.on_bad,
+        progress=progress,
+        rank=ranks.rank,
+        size=ranks.size,
+    )
 
 
 @contextmanager
@@ -169,11 +227,17 @@ def _continued(out: Path) -> Iterator[None]:
         ) from None
 
 
-def _options(config: PrepareConfig) -> dict[str, Any]:
+def _options(config: PrepareConfig, coders: Mapping[str, Coder]) -> dict[str, Any]:
     options = {
         name: value for name, value in asdict(config).items() if name != "out" and (name, value) != ("media", {})
     }
-    return options | {"text": config.columns.get("text"), "costs": Costs.stored(config.costs).of(MODALITIES)}
+    options |= {"text": config.columns.get("text"), "costs": Costs.stored(config.costs).of(MODALITIES)}
+    return options | ({"codecs": _codecs(coders)} if coders else {})
+
+
+def _codecs(coders: Mapping[str, Coder]) -> dict[str, str]:
+    """Hashes of what makes codes, by their role."""
+    return {CODES[role]: coder.sha256 for role, coder in coders.items()}
 
 
 def _import(config: PrepareConfig, inputs: Sequence[str], out: Path, done: Prepared | None, progress: Progress) -> None:
@@ -189,8 +253,9 @@ def _import(config: PrepareConfig, inputs: Sequence[str], out: Path, done: Prepa
                 import_dataset(name, folder, options)
 
 
-def _files(config: PrepareConfig, inputs: Sequence[str], out: Path) -> list[InputFile]:
-    files = resolve(inputs, config.kind, out)
+def _named_files(config: PrepareConfig) -> list[InputFile]:
+    """The files of the inputs."""
+    files = resolve(list(name_inputs(config.inputs).values()), config.kind, Path(config.out).absolute())
     for file in files:
         if file.kind == "megatron" and "tokens" not in config.columns:
             raise UserError(
@@ -269,6 +334,7 @@ def _finish(job: _Job, tokenizer: Tokenizer | None) -> Summary:
         tokenizer.save(out / "tokenizer")
     records = work.records()
     hashes = {url: sha for record in records for url, sha in record["hashes"].items()}
+    before = done.summary["skipped"] if done else ()
     nothing = [{"name": name, "documents": 0, "bytes": 0, "tokens": 0} for name in job.names]
     summary = Summary(
         out=str(out),
@@ -277,10 +343,10 @@ def _finish(job: _Job, tokenizer: Tokenizer | None) -> Summary:
         vocab_size=tokenizer.vocab_size if tokenizer else 0,
         train=made["train"]["sources"],
         heldout=made["heldout"]["sources"] if "heldout" in made else nothing,
-        skipped=[*(done.summary["skipped"] if done else ()), *(why for record in records for why in record["skipped"])],
+        skipped=list(dict.fromkeys([*before, *job.bad, *(why for record in records for why in record["skipped"])])),
     )
     Prepared(
-        options=_options(job.config),
+        options=job.options,
         files=[*(done.files if done else ()), *([f.url, f.size, f.version, hashes[f.url]] for f in job.new)],
         units=work.first + len(work.units),
         shards={part: len(record["shards"]) for part, record in made.items()},
@@ -307,6 +373,7 @@ def _build(job: _Job, work: Work) -> dict[str, dict[str, Any]]:
         columns={"tokens": "tokens", "bytes": "bytes"} if options.tokenize else dict(options.columns),
         tokenizer=counting.sha256 if counting else None,
         costs=options.costs.of(options.columns),
+        codecs=_codecs(job.coders),
     )
     made = {}
     for part, folder in _folders(job.out):

@@ -104,8 +104,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         allowed["on_bad"] = "skip"
     if new["inputs"][: len(old["inputs"])] == old["inputs"]:
         allowed["inputs"] = new["inputs"]
-    changed = [key for key in new if allowed.get(key) != new[key]]
-    return "; ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in changed)
+    changed = [key for key in {**new, **old} if allowed.get(key) != new.get(key)]
+    return "; ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed)
 
 
 def claim(out: Path, options: Mapping[str, Any]) -> None:
@@ -118,7 +118,7 @@ def claim(out: Path, options: Mapping[str, Any]) -> None:
     if path.exists():
         changed = difference(json.loads(path.read_text()), options)
         if changed:
-            if any(path.parent.glob("[0-9]*.json")):
+            if any(path.parent.glob("[0-9]*.json")) or any(codes_folder(out).glob("*.json")):
                 raise UserError(
                     f"{out} is half prepared with other options ({changed}); finish with the old "
                     f"ones, name another folder, or delete {out}"
@@ -135,6 +135,11 @@ def claim(out: Path, options: Mapping[str, Any]) -> None:
         write_atomic(path, json.dumps(options))
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
+
+
+def codes_folder(out: Path) -> Path:
+    """Where the shards of encoded media lie."""
+    return out / "raw" / "codes"
 
 
 def index_files(made: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

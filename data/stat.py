@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from millrace.data import MODALITIES
 from millrace.data.builder import Opened
 from millrace.data.corpus import Corpus
 from millrace.data.index import CHUNK
@@ -63,7 +64,8 @@ def packing(opened: Opened) -> Packing:
         documents += int(spans[:, 0].max()) + 1
         if opened.corpus.media:  # the places of those that are too long stay empty
             costs = opened.corpus.lookup(window.spans[:, 0], ("tokens",))[0]
-            spans = spans[costs <= length]
+            media = opened.corpus.having(window.spans[:, 0], MODALITIES)
+            spans = spans[(costs <= length) | ~media]
         used += int((spans[:, 2] - spans[:, 1]).sum())
         cut += int((np.bincount(spans[:, 0]) > 1).sum())
     return Packing(_WINDOWS, rows, used / max(rows * length, 1), cut / max(documents, 1))

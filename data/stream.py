@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from millrace.data import MODALITIES
 from millrace.data.corpus import Corpus
 from millrace.data.documents import Documents
 from millrace.data.mixture import Mixture
@@ -115,9 +116,11 @@ class Planner:
             costs = np.ones(len(samples), np.int64)
         else:
             costs = costs if counted else self._measure(number, samples)
-            if self._corpus.media and (long := samples[costs > stage.sequence_length]).size:
-                self._documents.refuse(long, f"costs more positions than a row has ({stage.sequence_length})")
-                costs = np.minimum(costs, stage.sequence_length)
+            if self._corpus.media:  # a sample with media is never cut
+                long = (costs > stage.sequence_length) & self._corpus.having(samples, MODALITIES)
+                why = f"costs more positions than a row has ({stage.sequence_length})"
+                self._documents.refuse(samples[long], why)
+                costs = np.where(long, stage.sequence_length, costs)
         key = derive_key(self._seed, number, _ROWS)
         packs = pack(costs, stage.sequence_length, bool(stage.pack) and counted, key, alone=stage.pack == "alone")
         return Window.of(number, samples, costs, sizes, packs)

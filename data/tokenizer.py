@@ -265,16 +265,17 @@ def stored_tokenizer(manifest_folder: Path) -> Path | None:
 
 
 def open_tokenizer(corpus: Corpus, name: str | None) -> Tokenizer:
-    """The tokenizer of that name, or the one stored with the corpus's first manifest; samples without text need none.
+    """The tokenizer of that name, or the one stored with the first manifest that has text; others need none.
 
     Raises:
         UserError: there is none, or another than the one that the corpus was counted with.
     """
-    found = name or stored_tokenizer(corpus.manifests[0].folder)
-    if found is None and not corpus.text:
+    owner = (corpus.texts or corpus.manifests)[0]
+    found = name or stored_tokenizer(owner.folder)
+    if found is None and not corpus.texts:
         return NoText()  # type: ignore[return-value]  # what is asked of one by those who read samples
     if found is None:
         raise UserError(f"no tokenizer lies beside {corpus.folder}; set data.tokenizer to a folder or hub name")
     loaded = load_tokenizer(found)
-    corpus.manifests[0].check_tokenizer(loaded.sha256, str(found))
+    owner.check_tokenizer(loaded.sha256, str(found))
     return loaded

@@ -62,6 +62,10 @@ class AudioView:
             value = value + (loudness * random.standard_normal(len(value))).astype(np.float32)
         return np.ascontiguousarray(value, np.float32)
 
+    def blank(self) -> np.ndarray:
+        """Silence, of no length where pieces have none in common."""
+        return np.zeros(round(self.seconds * self.rate), np.float32)
+
 
 def resample(value: np.ndarray, rate: int, wanted: int) -> np.ndarray:
     """A sound (frames,) at another rate, float32 (ceil(frames · wanted / rate),): exact for what both rates can hold.
@@ -101,3 +105,6 @@ class AudioModality(Modality):
 
     def decode(self, raw: bytes) -> np.ndarray:
         return audio.decode(raw)
+
+    def blank(self) -> np.ndarray:
+        return np.empty(0, np.float32)

@@ -34,6 +34,10 @@ class View(Protocol):
         """
         ...
 
+    def blank(self) -> np.ndarray:
+        """What stands in a batch for a sample without this medium: zeros, of the view's size or of none."""
+        ...
+
 
 class Modality(ABC):
     """How a medium is decoded, what it costs, and how it may be looked at."""
@@ -48,6 +52,10 @@ class Modality(ABC):
         Raises:
             ValueError: why it cannot be decoded.
         """
+
+    @abstractmethod
+    def blank(self) -> np.ndarray:
+        """What stands in a batch without any medium of the kind, where there are no views: the least of zeros."""
 
 
 @cache

@@ -41,6 +41,16 @@ class ImageCost:
         rows = min(rows, self.most // columns, max(1, isqrt(self.most * height // width)))
         return columns, rows
 
+    def fitted(self, value: np.ndarray) -> np.ndarray:
+        """An image (height, width, 3) resized to its grid: uint8 (rows * patch, columns * patch, 3)."""
+        from PIL import Image
+
+        columns, rows = self.grid(value.shape[1], value.shape[0])
+        size = (columns * self.patch, rows * self.patch)
+        if size == (value.shape[1], value.shape[0]):
+            return value
+        return np.array(Image.fromarray(value).resize(size, Image.Resampling.BICUBIC))
+
     def positions(self, raw: bytes) -> int:
         """Positions of an encoded image; raises `ValueError` where its header cannot be read."""
         width, height = image.size(raw)
@@ -92,6 +102,10 @@ class ImageView:
         if self.strength:
             value = _alter(value, self.strength, random)
         return np.ascontiguousarray(value)
+
+    def blank(self) -> np.ndarray:
+        """A black picture."""
+        return np.zeros((self.size, self.size, 3), np.uint8)
 
 
 def _crop(width: int, height: int, scale: list[float], random: np.random.Generator) -> tuple[int, int, int, int]:
@@ -184,3 +198,6 @@ class ImageModality(Modality):
 
     def decode(self, raw: bytes) -> np.ndarray:
         return image.decode(raw)
+
+    def blank(self) -> np.ndarray:
+        return np.zeros((1, 1, 3), np.uint8)

@@ -99,7 +99,9 @@ def _reader(role: str, array: pa.Array) -> Get:
         return _tokens(array)
     if role in MODALITIES and pa.types.is_struct(array.type) and array.type.get_field_index("bytes") >= 0:
         array = array.flatten()[array.type.get_field_index("bytes")]  # how `datasets` stores files
-    return _text(array) if role == "text" else _binary(array)
+    if role == "label" and pa.types.is_integer(array.type):
+        array = array.cast(pa.string())
+    return _text(array) if role in ("text", "label") else _binary(array)
 
 
 def _coded(role: str, array: pa.Array) -> Get:
