@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from millrace.core.errors import UserError
 from millrace.models import REGISTRY
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +21,8 @@ class Architecture:
     masked language models, tested as those, with the masks of `pretrain.objectives.masked_lm`.
     `documents` means that the attention of `millrace.models.attention` was proven equal to the mask.
     `attention` names the only implementation that computes the family right, None if any does.
+    `adopt` names a function that puts ours in the place of some of a built model's computations, "" for none.
+    `fp32` means that weights must not be rounded to bf16: decays near 1 would become 1.
     """
 
     mlp: Literal["gated", "plain", "experts"] | None = None
@@ -27,6 +32,8 @@ class Architecture:
     attention: str | None = None
     why_not: str = ""
     masked: bool = False
+    adopt: str = ""
+    fp32: bool = False
 
 
 GATED = Architecture(mlp="gated")
@@ -36,7 +43,12 @@ QWEN3_MOE = Architecture(mlp="experts", expert_size_key="moe_intermediate_size")
 # Gemma 2 soft-caps attention scores, which only the eager attention does.
 GEMMA2 = Architecture(mlp="gated", attention="eager", documents=False)
 ENCODER = Architecture(mlp="plain", documents=False, masked=True)
-RECURRENT = Architecture(packable=False, documents=False, why_not="its recurrent state runs on across document borders")
+RECURRENT_GEMMA = Architecture(adopt="millrace.models.recurrent_gemma:adopt", fp32=True)
+MAMBA2 = Architecture(documents=False, adopt="millrace.models.mamba2:adopt", fp32=True)
+LSTM = Architecture(attention="documents")  # it has none: the table of documents comes that way
+RECURRENT = Architecture(
+    packable=False, documents=False, fp32=True, why_not="its recurrent state runs on across document borders"
+)
 
 
 def architecture(kind: str) -> Architecture | None:
@@ -44,6 +56,15 @@ def architecture(kind: str) -> Architecture | None:
     from millrace.core.registry import load
 
     return load(REGISTRY[kind]) if kind in REGISTRY else None
+
+
+def adopt(model: PreTrainedModel) -> None:
+    """Let a model that transformers built compute as its record says, in place."""
+    from millrace.core.registry import load
+
+    record = architecture(model.config.model_type)
+    if record is not None and record.adopt:
+        load(record.adopt)(model)
 
 
 def depth_sizes(kind: str, depth: int, given: dict[str, object]) -> dict[str, object]:

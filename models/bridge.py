@@ -31,7 +31,7 @@ from millrace.models import attention
 from millrace.models import codec as codec  # registers itself with transformers, as the next two do
 from millrace.models import generator as generator
 from millrace.models import lstm as lstm  # registers itself with transformers
-from millrace.models.architecture import architecture, depth_sizes
+from millrace.models.architecture import adopt, architecture, depth_sizes
 from millrace.models.config import ModelConfig
 from millrace.models.initial import clear_padding, draw_weights
 from millrace.models.weights import hub_file, load_weights
@@ -74,6 +74,14 @@ def hf_config(config: ModelConfig, vocab_size: int, sequence_length: int, family
         built = _fresh(config, cls, given, (vocab_size, sequence_length))
     else:
         built = checked(lambda: AutoConfig.from_pretrained(config.init, **given))
+    return trainable(built, config, (vocab_size, sequence_length), family)
+
+
+def trainable(
+    built: PretrainedConfig, config: ModelConfig, lengths: tuple[int, int], family: Family = CAUSAL
+) -> PretrainedConfig:
+    """`built`, changed in place to what training needs, for (vocabulary, sequence length); raises as `hf_config`."""
+    vocab_size, sequence_length = lengths
     if built.vocab_size < vocab_size:
         raise UserError(
             f"the tokenizer has {vocab_size:,} tokens but the model's vocab_size is {built.vocab_size:,} "
@@ -109,6 +117,7 @@ def build_model(
 
     def make() -> PreTrainedModel:
         made: PreTrainedModel = family.auto.from_config(built, attn_implementation=built._attn_implementation)
+        adopt(made)
         return made
 
     if config.init == "random":
@@ -119,9 +128,13 @@ def build_model(
 
 
 def build_sized(
-    config: ModelConfig, cls: type[PretrainedConfig], seed: int, zero3_config: dict[str, Any] | None = None
+    config: ModelConfig,
+    cls: type[PretrainedConfig],
+    seed: int,
+    zero3_config: dict[str, Any] | None = None,
+    auto: Any = AutoModel,
 ) -> Any:
-    """A model of AutoModel whose sizes are all in `model.config`, with weights as `build_model` draws or loads them.
+    """A model of `auto` whose sizes are all in `model.config`, with weights as `build_model` draws or loads them.
 
     Raises:
         UserError: `model.depth`, keys that `cls` does not have, a folder with a model of another kind.
@@ -136,7 +149,7 @@ def build_sized(
         if not isinstance(built, cls):
             raise UserError(f"model.init = '{folder}' is a {built.model_type}, not a {cls.model_type}")
     fresh = folder == "random"
-    model = construct(lambda: AutoModel.from_config(built), seed if fresh else None, zero3_config)
+    model = construct(lambda: auto.from_config(built), seed if fresh else None, zero3_config)
     if not fresh:
         load_weights(model, folder)
     return model
@@ -195,10 +208,23 @@ def _empty_is_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def needs_fp32(config: ModelConfig) -> bool:
+    """Whether the weights of `[model]` must not be rounded to bf16.
+
+    Raises:
+        UserError: `model.init` has no configuration.
+    """
+    record = architecture(config.kind if config.init == "random" else _in_folder(config).model_type)
+    return record is not None and record.fp32
+
+
+def _in_folder(config: ModelConfig) -> PretrainedConfig:
+    return checked(lambda: AutoConfig.from_pretrained(hub_file(config.init, "config.json")))
+
+
 def _config_class(config: ModelConfig, family: Family) -> type[PretrainedConfig]:
     if config.init != "random":
-        folder = checked(lambda: AutoConfig.from_pretrained(hub_file(config.init, "config.json")))
-        cls = type(folder)
+        cls = type(_in_folder(config))
     elif config.kind in CONFIG_MAPPING:
         cls = CONFIG_MAPPING[config.kind]
     else:

@@ -90,6 +90,7 @@ class Codec(PreTrainedModel):
 
     config_class = CodecConfig
     config: CodecConfig
+    main_input_name = "values"
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__(config)
@@ -112,6 +113,22 @@ class Codec(PreTrainedModel):
                 init.copy_(getattr(module, name), value)
         else:
             super()._init_weights(module)
+
+    # Of the weights, which are buffers where a codec is frozen (see `millrace.models.frozen`).
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self._weight().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._weight().device
+
+    def _weight(self) -> Tensor:
+        first: Any = self.encoder[0]
+        found: Tensor = first.weight
+        return found
 
     @property
     def codes(self) -> int:

@@ -61,3 +61,16 @@ class TowerConfig:
     def name(self) -> str:
         """What it is given."""
         return self.view or {"text": "tokens"}.get(self.modality, self.modality)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionConfig:
+    """What looks at images for a language model."""
+
+    kind: str = option(
+        "pixtral",
+        "architecture: pixtral, for images of any size; or, where all images have one, one that has a patch_size, such "
+        "as clip_vision_model or siglip_vision_model",
+    )
+    init: str = option("random", "'random', or a Hugging Face folder or hub name of one to start from (it sets kind)")
+    config: dict[str, Any] = option({}, "keys of its configuration class; patches are those that images cost")

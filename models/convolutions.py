@@ -112,7 +112,8 @@ class Critic(nn.Module):
                 features.append(hidden)
             opinion = features.pop()
             if told is not None:
-                opinion = opinion + (features[-1] * told[(..., *[None] * (x.ndim - 2))]).mean(1, keepdim=True)
+                fit = (features[-1] * told[(..., *[None] * (x.ndim - 2))]).sum(1, keepdim=True)
+                opinion = opinion + fit / told.shape[1] ** 0.5  # as large as the opinion at first, whatever the width
             opinions.append(opinion)
         return opinions, features
 

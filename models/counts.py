@@ -69,6 +69,8 @@ def flops_per_token(hf_config: PretrainedConfig, sequence_length: int) -> float:
     Counted with `torch.utils.flop_counter` on fake tensors, so no formula per architecture can go stale.
     """
     model = without_weights(hf_config)
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        sequence_length = 1  # a token costs as much at any length, and here they are taken one by one
     counter = FlopCounterMode(display=False)
     run_without_weights(model, sequence_length, counter)
     return 3 * counter.get_total_flops() / sequence_length

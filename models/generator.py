@@ -58,6 +58,7 @@ class Generator(PreTrainedModel):
 
     config_class = GeneratorConfig
     config: GeneratorConfig
+    main_input_name = "noise_BN"
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__(config)

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from millrace.core.errors import UserError
 from millrace.models import REGISTRY
+from millrace.models.architecture import adopt
 
 
 def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
@@ -101,6 +102,7 @@ def without_weights(config: PretrainedConfig) -> PreTrainedModel:
     config = copy.deepcopy(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    adopt(model)
     if getattr(model, "_can_set_experts_implementation", lambda: False)():
         model.set_experts_implementation("batched_mm")
     return model.eval()

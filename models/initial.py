@@ -41,7 +41,7 @@ def draw_weights(model: PreTrainedModel, seed: int) -> None:
             # Tied: what another branch has drawn already is flagged, and transformers' functions leave it
             # alone.
             tied = [p for p in touched if id(p) in drawn and not _inside(drawn[id(p)], name)]
-            with _whole(touched), _flagged(tied), _fp32_on_cpu(touched):
+            with whole(touched), _flagged(tied), _fp32_on_cpu(touched):
                 torch.manual_seed(module_seed(seed, name))
                 owner._init_weights(module)
             for parameter in module.parameters(recurse=False):
@@ -74,11 +74,17 @@ def _modules(module: nn.Module, owner: PreTrainedModel, name: str) -> Iterator[t
 
 
 def _touched(module: nn.Module) -> list[nn.Parameter]:
-    """What `_init_weights(module)` may write: its own parameters and its direct children's."""
+    """What `_init_weights(module)` may write: its own parameters and its direct children's.
+
+    Where a child has none of its own (patches of `vit_mae`, whose parent draws them), its children's.
+    """
     found = {id(p): p for p in module.parameters(recurse=False)}
     for child in module.children():
         if not isinstance(child, PreTrainedModel):
-            found |= {id(p): p for p in child.parameters(recurse=False)}
+            own = list(child.parameters(recurse=False))
+            parts = () if own or isinstance(child, nn.ModuleList) else child.children()
+            own += [p for part in parts for p in part.parameters(recurse=False)]
+            found |= {id(p): p for p in own}
     return list(found.values())
 
 
@@ -87,7 +93,7 @@ def _inside(name: str, parent: str) -> bool:
 
 
 @contextlib.contextmanager
-def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
+def whole(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Gather partitioned parameters; what rank 0 writes is sent to all on leaving."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from millrace.models.config import MelConfig
 
 _QUIET = 1e-4  # magnitude of which less is silence
+_LEAST = 1e-12  # by which is divided
+_MOMENTUM = 0.99  # of Griffin and Lim's rounds
 _WINDOWS = (64, 128, 256, 512, 1024, 2048)
 
 
@@ -73,3 +75,31 @@ class LogMel(nn.Module):
         )
         energy_BMH = self.filters.float() @ spectrum.abs().square()
         return energy_BMH.clamp(min=self.config.floor).log10()
+
+    @torch.no_grad()
+    def invert(self, bands_BMH: Tensor, rounds: int = 60) -> Tensor:
+        """Sounds float32 (B, F) whose bands are near the given ones, F = (H - 1) hops.
+
+        Energies of frequencies come by the rule of Lee and Seung (https://doi.org/10.1038/44565), phases by that of
+        Griffin and Lim (https://doi.org/10.1109/TASSP.1984.1164317), quickened as by Perraudin et al.
+        (https://doi.org/10.1109/WASPAA.2013.6701851). They begin at 0, so that the same bands make the same sound.
+        """
+        window, hop, frames = self.window.float(), self.config.hop, (bands_BMH.shape[2] - 1) * self.config.hop
+        filters, wanted = self.filters.float(), 10 ** bands_BMH.float()
+        energy, total = filters.T @ wanted, filters.sum(0)[:, None].clamp(min=_LEAST)
+        for _ in range(rounds):
+            energy = energy * (filters.T @ (wanted / (filters @ energy).clamp(min=_LEAST))) / total
+        magnitude = energy.sqrt()
+
+        def sound(spectrum: Tensor) -> Tensor:
+            return torch.istft(spectrum, self.config.window, hop, window=window, length=frames)
+
+        guess = magnitude.to(torch.complex64)
+        before = torch.zeros_like(guess)
+        for _ in range(rounds):
+            seen = torch.stft(
+                sound(guess), self.config.window, hop, window=window, pad_mode="constant", return_complex=True
+            )
+            moved = seen + _MOMENTUM * (seen - before)
+            guess, before = magnitude * moved / moved.abs().clamp(min=_LEAST), seen
+        return sound(guess)

@@ -5,21 +5,20 @@ B samples, T positions, D hidden, W width of the shared space.
 
 from __future__ import annotations
 
-from inspect import signature
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from millrace.core.errors import UserError, did_you_mean
 from millrace.models.bridge import VOCABULARY_MULTIPLE, checked, construct, without_dropout
 from millrace.models.config import TowerConfig
 from millrace.models.initial import module_seed
 from millrace.models.sound import LogMel
+from millrace.models.vision import bare_encoder, mean_state, pictures, width_of
 
 
 def build_encoder(config: TowerConfig, vocab_size: int, seed: int, zero3: dict[str, Any] | None) -> PreTrainedModel:
@@ -39,15 +38,7 @@ def build_encoder(config: TowerConfig, vocab_size: int, seed: int, zero3: dict[s
     if config.modality == "audio":
         defaults["num_channels"] = 1
     built = checked(lambda: AutoConfig.for_model(config.kind, **defaults | config.config))
-
-    # A pooler of its own would never be trained: the mean over positions is taken here.
-    pooled = "add_pooling_layer" in signature(cast("type", MODEL_MAPPING[type(built)])).parameters
-
-    def make() -> PreTrainedModel:
-        made: PreTrainedModel = AutoModel.from_config(built, **({"add_pooling_layer": False} if pooled else {}))
-        return made
-
-    return construct(make, seed, zero3)
+    return construct(lambda: bare_encoder(built), seed, zero3)
 
 
 class Tower(nn.Module):
@@ -57,11 +48,9 @@ class Tower(nn.Module):
         super().__init__()
         self.modality, self.encoder = config.modality, encoder
         self.mel = LogMel(config.mel) if config.modality == "audio" else None
-        sizes: Any = encoder.config
-        hidden = getattr(sizes, "hidden_size", None) or sizes.hidden_sizes[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(module_seed(seed, f"{config.name} projection"))
-            self.projection = nn.Linear(hidden, width, bias=False)
+            self.projection = nn.Linear(width_of(encoder.config), width, bias=False)
 
     def inputs(self, values: Any, lengths: Tensor | None, device: torch.device) -> dict[str, Tensor]:
         """The arguments of `forward` from what a batch holds."""
@@ -75,19 +64,29 @@ class Tower(nn.Module):
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (B, T), images uint8 (B, height, width, 3) or sounds (B, frames) as float32 (B, W) of length 1."""
+        return F.normalize(self.projected(values, mask), dim=-1)
+
+    def projected(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """As `forward`, but of any length."""
         if self.modality == "text":
             assert mask is not None
             states_BTD = self.encoder(input_ids=values, attention_mask=mask).last_hidden_state
             weights = mask[:, :, None].to(states_BTD.dtype)
             mean_BD = (states_BTD * weights).sum(1) / weights.sum(1)
         else:
-            found = self.encoder(pixel_values=self._picture(values))
-            states = found.last_hidden_state  # (B, T, D), or of a convolutional one (B, D, height, width)
-            mean_BD = found.pooler_output.flatten(1) if states.ndim == 4 else states.mean(1)
-        return F.normalize(self.projection(mean_BD).float(), dim=-1)
+            mean_BD = mean_state(self.encoder, self._picture(values))
+        return self.projection(mean_BD).float()
 
     def _picture(self, values: Tensor) -> Tensor:
         dtype = self.projection.weight.dtype
         if self.mel is not None:
             return (self.mel(values)[:, None] / 2 + 1).to(dtype)
-        return (values.movedim(-1, 1).float() / 127.5 - 1).to(dtype)
+        return pictures(values, dtype)
+
+
+class Classifier(Tower):
+    """Encoder, mean over positions, and a linear head: W is the number of classes."""
+
+    def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What `Tower.forward` is given as logits, float32 (B, W)."""
+        return self.projected(values, mask)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from millrace.core.errors import UserError
 from millrace.models.bridge import build_model
 from millrace.models.config import ModelConfig
 from millrace.models.counts import flops_per_token
@@ -50,3 +52,8 @@ def test_loads_again_and_continues(tmp_path: Path) -> None:
 def test_operations_by_hand() -> None:
     config, width = small().config, 32
     assert flops_per_token(config, 64) == 6 * (2 * 8 * width**2 + config.vocab_size * width)
+
+
+def test_an_attention_that_would_hide_the_documents_is_refused() -> None:
+    with pytest.raises(UserError, match="model.attention = 'sdpa' computes kind 'lstm' wrongly"):
+        build_model(ModelConfig(kind="lstm", attention="sdpa", config={"hidden_size": 32}), 300, 64, 0)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from millrace.models.bridge import build_model
 from millrace.models.config import ModelConfig
+from tests.ranks import run_world
 
 SCRIPT = Path(__file__).with_name("zero3_weights.py")
-DEADLINE_S = 240
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -42,29 +38,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(root / name) for name in ("dense", "mixture", "broken")}
 
 
-def launch(world: int, out: Path, folders: dict[str, str]) -> dict:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    job = subprocess.Popen(
-        [*command, str(SCRIPT), str(out), *folders.values()],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = job.communicate(timeout=DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(job.pid, signal.SIGKILL)
-        pytest.fail(f"no end after {DEADLINE_S} s: {job.communicate()[0][-3000:]}")
-    assert job.returncode == 0, said[-3000:]
-    return json.loads(out.read_text())
-
-
 @pytest.fixture(scope="module", params=[1, 3])  # three ranks pad their parts
 def stage3(request: pytest.FixtureRequest, folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return launch(request.param, tmp_path_factory.mktemp("out") / "result.json", folders)
+    out = tmp_path_factory.mktemp("out") / "result.json"
+    run_world(SCRIPT, request.param, [str(out), *folders.values()])
+    return json.loads(out.read_text())
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_zero3.py: builds models at stage 3 and reports digests of their weights.
+"""Ranks of test_zero3.py: builds models at stage 3 and reports digests of their weights.
 
 Arguments: output JSON, folder of a saved model, folder of a saved mixture.
 """
@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # where there are GPUs, too
 import deepspeed
 import torch
 from deepspeed.runtime.zero import partition_parameters
 
 from millrace.core.errors import UserError
+from millrace.engine.ops import use_operators
 from millrace.models.bridge import build_model
 from millrace.models.config import ModelConfig
 
@@ -75,6 +78,7 @@ class Peak:
 
 
 def main(out: str, saved: str, mixture: str, broken: str) -> None:
+    use_operators()
     deepspeed.init_distributed("gloo", verbose=False)
     cases = {
         "qwen3": (ModelConfig(depth=2), "fp32"),
