@@ -16,7 +16,9 @@ class EngineConfig:
     """How training is sharded and in which precision it runs."""
 
     zero_stage: Literal[0, 1, 2, 3] = option(2, "DeepSpeed ZeRO stage: 0 none, 1 moments, 2 gradients, 3 weights")
-    precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 where the hardware is fast at it")
+    precision: Literal["auto", "fp32", "bf16", "autocast"] = option(
+        "auto", "auto: bf16 where the hardware is fast at it; autocast: products in bf16, weights in fp32"
+    )
     offload_optimizer: bool = option(False, "keep fp32 masters and moments in CPU memory (ZeRO 1-3)")
     offload_params: bool = option(False, "keep partitioned weights in CPU memory (ZeRO 3)")
     activation_checkpointing: bool = option(False, "recompute each block's activations in the backward pass")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+_PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,21 @@ def join_world(deepspeed_config: dict[str, Any]) -> World:
     world = World(dist.get_rank(), size, accelerator.device, accelerator, control)
     check_alike(world, deepspeed_config)
     return world
+
+
+def join_group() -> World:
+    """Start (or join) the process group alone, without Accelerate and DeepSpeed: for work that trains nothing.
+
+    Ranks wait for each other as long as it takes.
+    """
+    _environment()
+    meet("gloo", _PATIENCE)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    nobody: Any = None  # asks for the accelerator of what trains nothing
+    return World(dist.get_rank(), dist.get_world_size(), device, nobody)
 
 
 def check_alike(world: World, settings: dict[str, Any]) -> None:

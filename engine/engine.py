@@ -25,6 +25,7 @@ class Engine:
         self.world = world
         self.clip, self._factor = clip, factor
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
+        one_dtype(module)
         fit_buckets(world.accelerator.state.deepspeed_plugin.deepspeed_config, trained)
         self.ds, _ = world.accelerator.prepare(module, optimizer)
         self.module = self.ds.module
@@ -114,6 +115,18 @@ class Engine:
                     at = param._hp_mapping.lp_fragment_address
                     part = part.reshape(-1).narrow(0, at.start, at.numel)
                 yield name, part
+
+
+def one_dtype(module: torch.nn.Module) -> None:
+    """Keep parameters that were made whole in the dtype of those that ZeRO 3 partitioned as they were built.
+
+    DeepSpeed casts a module only where no part of it was, and then refuses parts of several dtypes.
+    """
+    made: list[Any] = list(module.parameters())
+    kinds = {p.ds_tensor.dtype for p in made if hasattr(p, "ds_tensor")}
+    for parameter in made:
+        if len(kinds) == 1 and not hasattr(parameter, "ds_tensor"):
+            parameter.data = parameter.data.to(*kinds)
 
 
 def layer_of(name: str) -> str:

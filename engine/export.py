@@ -26,7 +26,11 @@ from millrace.engine.checkpoint.tensorfile import write_tensors
 from millrace.engine.trained import Trained
 
 MARK = "millrace.json"
+VIEW = "view.json"
 FORMAT = "millrace-export"
+# Files of a checkpoint below this folder belong to an export as well. One that holds a config.json is a model of its
+# own, whose tensors the checkpoint keeps, fixed, by the name of the folder with dots.
+BESIDE = "beside/"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -111,6 +115,7 @@ def _write(trained: Trained, folder: Path, target: Path, how: tuple[str, int]) -
     _write_config(trained, skeleton, folder, DTYPES[dtype])
     pieces = plan(skeleton, DTYPES[dtype])
     size = _write_weights(pieces, _reader(trained, skeleton), folder, max_shard)
+    _write_beside(trained, folder)
     summary = Summary(
         path=str(target),
         source=trained.origin(),
@@ -124,17 +129,45 @@ def _write(trained: Trained, folder: Path, target: Path, how: tuple[str, int]) -
     return summary
 
 
+def _write_beside(trained: Trained, folder: Path) -> None:
+    for name in trained.checkpoint.manifest["files"]:
+        if not name.startswith(BESIDE):
+            continue
+        path = folder / name.removeprefix(BESIDE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, trained.checkpoint.text(name))
+        if path.name == "config.json":
+            tensors = trained.fixed(".".join(path.parent.relative_to(folder).parts) + ".")
+            shapes = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+            write_tensors(path.with_name("model.safetensors"), shapes, tensors.__getitem__, {"format": "pt"})
+
+
 def _write_config(trained: Trained, skeleton: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """config.json and generation_config.json as others expect them, not as the training needed them."""
+    """config.json and generation_config.json as others expect them, not as the training needed them.
+
+    For what is no model of text also view.json: how it looked at images or sounds, where the run says so.
+    """
     config: PretrainedConfig = trained.config
+    if getattr(skeleton, "group_normed", False):
+        raise UserError(
+            f"this {config.model_type} was trained with group norms in place of batch norms, which transformers cannot "
+            "load; judge it with `millrace eval --probe`, or train one without batch norms, such as convnextv2"
+        )
+    if skeleton.main_input_name != "input_ids":
+        config.architectures, config.dtype = [type(skeleton).__name__], dtype
+        write_atomic(folder / "config.json", config.to_json_string())
+        if view := trained.view():
+            write_atomic(folder / VIEW, json.dumps(view))
+        return
     borders = load_tokenizer(folder)
     pad = _pad_id(folder, borders.backend.token_to_id)
     config.architectures = [type(skeleton).__name__]
     config.dtype = dtype
-    config.use_cache = True
-    config.bos_token_id, config.eos_token_id = borders.bos_id, borders.eos_id
-    # Only a token of its own: transformers does not train the padding token's embedding, so eos must not be it.
-    config.pad_token_id = pad
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        part.use_cache = True
+        part.bos_token_id, part.eos_token_id = borders.bos_id, borders.eos_id
+        # Only a token of its own: transformers does not train the padding token's embedding, so eos must not be it.
+        part.pad_token_id = pad
     write_atomic(folder / "config.json", config.to_json_string())
     generation = GenerationConfig(
         bos_token_id=borders.bos_id,

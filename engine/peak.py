@@ -24,12 +24,13 @@ def peak_flops(device: torch.device, precision: str) -> float:
     A CPU has no useful data sheet (threads, clocks and neighbours decide), so utilisation there is the share of the
     matrix-product rate measured at the start of the run, with all ranks measuring at once.
     """
-    if device.type == "cuda" and precision == "bf16":
+    low = precision in ("bf16", "autocast")
+    if device.type == "cuda" and low:
         name = torch.cuda.get_device_name(device)
         for key, value in _DATASHEET.items():
             if key in name:
                 return value
-    return measure_matmul(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return measure_matmul(device, torch.bfloat16 if low else torch.float32)
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:

@@ -9,8 +9,9 @@ import torch
 from millrace.core.errors import UserError
 
 
-def choose_precision(wanted: str) -> str:
-    """`"fp32"` or `"bf16"` for `"auto"`; other values pass through.
+def choose_precision(wanted: str, *, fp32_weights: bool = False) -> str:
+    """`"fp32"` or `"bf16"` for `"auto"`; other values pass through. Where weights must not be rounded, `"autocast"` is
+    the way of bf16: products in bf16, while weights, gradients and what they are summed in stay fp32.
 
     bf16 is chosen on GPUs with bf16 tensor cores (compute capability 8.0 and later) and on CPUs with bf16
     instructions (AMX or AVX-512 BF16: matrix products 4 times as fast as in fp32 on a Zen 5); a CPU without them
@@ -20,8 +21,11 @@ def choose_precision(wanted: str) -> str:
     Raises:
         UserError: Accelerate was told to use fp16, which needs loss scaling that millrace does not do.
     """
-    if wanted != "auto":
-        return wanted
+    found = _for_hardware() if wanted == "auto" else wanted
+    return "autocast" if found == "bf16" and fp32_weights else found
+
+
+def _for_hardware() -> str:
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher not in ("no", "bf16"):
         raise UserError(f"Accelerate's mixed_precision is {launcher}; millrace trains in bf16 or fp32, set it to one")

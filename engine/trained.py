@@ -13,14 +13,21 @@ import torch
 import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, initialization
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from millrace.core.config import build
 from millrace.core.errors import UserError
 from millrace.core.registry import load
+from millrace.data.modalities.base import modality, names
 from millrace.engine.checkpoint.read import Checkpoint, open_verified
 from millrace.models import CLASSES
+from millrace.models.architecture import adopt
+from millrace.models.vision import bare_encoder
 
-# An objective keeps the model that it trains under this name; what else it holds is its own.
+# An objective keeps the model that it is judged by under this name; what else it holds is its own.
 PREFIX = "model."
+# What a view is without what was random about it, by role.
+STEADY = {"image": ("role", "size"), "audio": ("role", "rate", "seconds")}
 
 
 @dataclass(frozen=True)
@@ -30,21 +37,22 @@ class Trained:
     checkpoint: Checkpoint
     config: PretrainedConfig
     model_class: Any  # AutoModelForCausalLM, or the class that the checkpoint's configuration names
+    prefix: str = PREFIX  # of its weights
 
     @classmethod
-    def open(cls, source: str | Path) -> Trained:
-        """The newest good checkpoint of a run directory, or a `step-N` folder.
+    def open(cls, source: str | Path, part: str = "model", prefix: str = PREFIX) -> Trained:
+        """The newest good checkpoint of a run directory, or a `step-N` folder; `part` is where its configuration lies.
 
         Raises:
             UserError: missing, torn or altered, or written by an objective without a transformers model.
         """
         checkpoint = open_verified(Path(source))
-        folder = checkpoint.path / "model"
+        folder = checkpoint.path / part
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"{checkpoint.path} has no model/config.json; it was not written by `millrace pretrain` or `finetune`"
+                f"{checkpoint.path} has no {part}/config.json; it was not written by `millrace pretrain` or `finetune`"
             )
-        trained = cls(checkpoint, *_config_and_class(folder))
+        trained = cls(checkpoint, *_config_and_class(folder), prefix)
         trained._check()
         return trained
 
@@ -52,7 +60,10 @@ class Trained:
         """The model without its weights: on "meta" no memory is taken, elsewhere the content is undefined."""
         with initialization.no_init_weights(), torch.device(device):
             make = getattr(self.model_class, "from_config", None) or self.model_class._from_config
+            if self.model_class is MODEL_MAPPING.get(type(self.config), None):
+                make = bare_encoder
             model: PreTrainedModel = make(self.config)
+        adopt(model)
         model.tie_weights()
         return model
 
@@ -71,11 +82,17 @@ class Trained:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor in its shape: the fp32 master, or a frozen parameter or a buffer in its own dtype."""
-        key = PREFIX + name
+        key = self.prefix + name
         if key in self.checkpoint.manifest["params"]:
             return self.checkpoint.master(key)
         with safe_open(str(self.checkpoint.path / "fixed.safetensors"), framework="pt") as file:
             return file.get_tensor(key)
+
+    def fixed(self, prefix: str) -> dict[str, torch.Tensor]:
+        """What the objective holds beside the model: frozen parameters and buffers by their names behind `prefix`."""
+        with safe_open(str(self.checkpoint.path / "fixed.safetensors"), framework="pt") as file:
+            names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
     def tokenizer_files(self) -> dict[str, str]:
         """Text by file name."""
@@ -84,10 +101,27 @@ class Trained:
 
     def sequence_length(self) -> int | None:
         """Tokens in a row of the training, where the run's configuration says so."""
-        path = self.checkpoint.path / "config.toml"
-        table = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        length = table.get("data", {}).get("sequence_length")
+        length = self._settings().get("data", {}).get("sequence_length")
         return length if isinstance(length, int) else None
+
+    def view(self) -> dict[str, Any] | None:
+        """How a model of images or sounds looked at them, a table as in `data.views` without what was random about it.
+
+        None where the run's configuration does not say so.
+        """
+        settings, encodes = self._settings(), hasattr(self.config, "num_channels")
+        role, objective = getattr(self.config, "modality", "image" if encodes else None), settings.get("objective", {})
+        wanted = objective.get("view") or objective.get("large") or role
+        for given in settings.get("data", {}).get("views", ()):
+            if role in STEADY and given.get("role") == role:
+                view = build(modality(role).view, given)
+                if wanted in (view.name, *names(view)):
+                    return {name: getattr(view, name) for name in STEADY[role]}
+        return None
+
+    def _settings(self) -> dict[str, Any]:
+        path = self.checkpoint.path / "config.toml"
+        return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def origin(self) -> dict[str, Any]:
         """Where it comes from: path, step, run id and the data's fingerprint, as far as the checkpoint knows."""
@@ -107,7 +141,7 @@ class Trained:
         there = dict(self.checkpoint.manifest["params"])
         with safe_open(str(self.checkpoint.path / "fixed.safetensors"), framework="pt") as file:
             there |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a dict)
-        found = {key.removeprefix(PREFIX): shape for key, shape in there.items() if key.startswith(PREFIX)}
+        found = {key.removeprefix(self.prefix): shape for key, shape in there.items() if key.startswith(self.prefix)}
         odd = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
         if odd:
             name = odd[0]

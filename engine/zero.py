@@ -56,6 +56,9 @@ def deepspeed_config(config: EngineConfig, precision: str, *, micro_batch: int, 
         made["bf16"] = {"enabled": True}
         if config.zero_stage:
             made["data_types"] = {"grad_accum_dtype": "fp32"}
+    if precision == "autocast":
+        # Nothing is sent in bf16, as DeepSpeed would send the weights of linear layers and their gradients.
+        made["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     merged = _merge_user(made, _user_config(config))
     if merged["zero_optimization"]["stage"] == 0 and not merged.get("bf16", {}).get("enabled"):
         # Here DeepSpeed clips but keeps the norm to itself; millrace.engine.engine clips instead.
@@ -84,8 +87,11 @@ def gather_by_block(model: nn.Module) -> None:
 
     Hooks of every layer inside it would cost 8% of a step, and break a compiled graph at each of them. Only where all
     weights are trained: DeepSpeed releases such a block too early where its input needs no gradient, as with adapters;
-    so a block that holds an embedding, which may be the first, is not one of them.
+    so a block that holds an embedding, which may be the first, is not one of them. And only in models of tokens: blocks
+    of others may read what needs no gradient, or be called for several views, and their gradients be reduced twice.
     """
+    if getattr(model, "main_input_name", "") != "input_ids":
+        return
     from deepspeed.utils import set_z3_leaf_modules
 
     blocks = set(getattr(model, "_no_split_modules", None) or ())
