@@ -16,6 +16,9 @@ from millrace.core.console import show_table
 from millrace.core.errors import UserError
 from millrace.core.rundir import write_atomic
 from millrace.eval.bits_per_byte import bits_per_byte, read_documents
+from millrace.eval.encoder import open_encoder
+from millrace.eval.probe import probe
+from millrace.eval.retrieval import retrieval
 from millrace.eval.subject import Subject, open_subject
 from millrace.eval.tasks.harness import find_tasks, run_tasks
 
@@ -24,11 +27,19 @@ FORMAT = "millrace-eval"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to evaluate: `source` as for `open_subject`, `text` as for `read_documents`, `tasks` as for `run_tasks`."""
+    """What to evaluate: `source` as for `open_subject`, `text` as for `read_documents`, `tasks` as for `run_tasks`.
+
+    Or, of an encoder of images, `probe` and `label` as for `millrace.eval.probe`.
+    With `retrieval`, a manifest, `source` is a contrastive run.
+    """
 
     source: str
     text: Sequence[str] = ()
     tasks: Sequence[str] = ()
+    probe: Sequence[str] = ()
+    label: str = "label"
+    untrained: bool = False
+    retrieval: str | None = None
     limit: int | None = None  # documents of each text and task
     batch: int = 8
     context: int | None = None
@@ -43,8 +54,13 @@ def evaluate(request: Request) -> dict[str, Any]:
         UserError: nothing was asked for, or something of it cannot be read; tasks are looked at before the model is
             loaded.
     """
-    if not request.text and not request.tasks:
-        raise UserError("nothing to evaluate; give --text FILE_OR_FOLDER or --tasks FILE_OR_FOLDER")
+    asked = [name for name in ("text", "tasks", "probe", "retrieval") if getattr(request, name)]
+    if not asked:
+        raise UserError("nothing to evaluate; give --text or --tasks PATH, --probe or --retrieval MANIFEST")
+    if set(asked) > {"probe"} or set(asked) > {"retrieval"}:
+        raise UserError(f"--{' and --'.join(asked)} are for different models: ask for them one at a time")
+    if len(request.probe) > 2:
+        raise UserError(f"--probe takes one or two manifests, not {len(request.probe)}")
     if request.batch < 1 or (request.limit is not None and request.limit < 1):
         raise UserError(f"--batch {request.batch} and --limit {request.limit} must be at least 1")
     find_tasks(request.tasks)
@@ -52,22 +68,36 @@ def evaluate(request: Request) -> dict[str, Any]:
         if not Path(path).exists() and not any(c in path for c in "*?["):
             raise UserError(f"no text {path}: no file or folder of that name")
     began = time.time()
-    subject = open_subject(request.source, dtype=request.dtype, context=request.context)
-    text = {path: _text(subject, path, request) for path in request.text}
-    tasks = {}
-    if request.tasks:
-        tasks = run_tasks(subject, request.tasks, batch=request.batch, limit=request.limit)
+    found = _measure(request)
     return {
         "format": FORMAT,
         "version": 1,
-        "source": subject.description,
-        "text": text,
-        "tasks": tasks,
+        **found,
         "request": asdict(request),
         "time": began,
         "seconds": time.time() - began,
         "versions": _versions(),
     }
+
+
+def _measure(request: Request) -> dict[str, Any]:
+    """What was asked for, and of what."""
+    if request.retrieval:
+        return retrieval(request.source, request.retrieval)
+    if request.probe:
+        encoder = open_encoder(request.source, untrained=request.untrained)
+        found = probe(encoder, request.probe, request.label, request.batch)
+        return {"source": encoder.description, "text": {}, "tasks": {}, "probe": found}
+    return _of_language(request)
+
+
+def _of_language(request: Request) -> dict[str, Any]:
+    subject = open_subject(request.source, dtype=request.dtype, context=request.context)
+    text = {path: _text(subject, path, request) for path in request.text}
+    tasks = {}
+    if request.tasks:
+        tasks = run_tasks(subject, request.tasks, batch=request.batch, limit=request.limit)
+    return {"source": subject.description, "text": text, "tasks": tasks}
 
 
 def _text(subject: Subject, path: str, request: Request) -> dict[str, Any]:
@@ -108,12 +138,22 @@ def show_result(result: dict[str, Any]) -> None:
     source = result["source"]
     step = f", step {source['step']:,}" if source["step"] is not None else ""
     title = f"{source['path']}{step}, {source['parameters']:,} parameters, {source['dtype']} on {source['device']}"
+    if "recall" in result:
+        ks, among = list(next(iter(result["recall"].values()))), result["among"]
+        ways = [(way, *(f"{share:.3f}" for share in shares.values())) for way, shares in result["recall"].items()]
+        chance = ("chance", *(f"{min(1.0, int(k) / among):.3f}" for k in ks))
+        show_table(title, (f"among {among}", *(f"recall at {k}" for k in ks)), [*ways, chance])
+        return
     if result["text"]:
         rows = [
             (path, f"{r['bits_per_byte']:.4f}", f"{r['nats_per_token']:.4f}", f"{r['tokens']:,}", f"{r['bytes']:,}")
             for path, r in result["text"].items()
         ]
         show_table(title, ("text", "bits per byte", "nats per token", "tokens", "bytes"), rows)
+    if judged := result.get("probe"):
+        head = ("nearest neighbours", "linear probe", "images", "held out", "classes", "width")
+        sizes = (f"{judged['train']:,}", f"{judged['heldout']:,}", len(judged["classes"]), judged["width"])
+        show_table(title, head, [(f"{judged['knn']:.4f}", f"{judged['linear']:.4f}", *sizes)])
     rows = []
     for name, task in result["tasks"].items():
         for metric, found in task["metrics"].items():

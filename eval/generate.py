@@ -10,7 +10,14 @@ import torch
 
 @torch.no_grad()
 def continue_text(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int, temperature: float = 0.8, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    tokens: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+    **given: Any,
 ) -> list[str]:
     """Continue each prompt by up to `tokens` tokens, stopping at the end of the document.
 
@@ -18,6 +25,7 @@ def continue_text(
         model: a causal model of `transformers`; partitioned under ZeRO 3, it is called on every rank alike.
         tokenizer: a `millrace.data.tokenizer.Tokenizer`.
         temperature: 0 takes the likeliest token; otherwise sampling from the 50 likeliest.
+        given: what the model's forward gets beside the tokens, such as images.
 
     Returns:
         The continuations, without the prompts.
@@ -40,6 +48,7 @@ def continue_text(
                 synced_gpus=hasattr(model.get_input_embeddings().weight, "ds_id"),
                 use_cache=True,
                 **sampling,
+                **given,
             )
             new = [t for t in out[0, ids.shape[1] :].tolist() if t != tokenizer.eos_id]
             texts.append(tokenizer.decode(new))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from millrace.core.errors import UserError, did_you_mean, is_missing_path
 from millrace.data.tokenizer import Tokenizer, load_tokenizer
 from millrace.engine.precision import choose_precision
 from millrace.engine.trained import Trained
-from millrace.models.architecture import architecture
+from millrace.models.architecture import adopt, architecture
 
 LONGEST = 4096  # tokens of context where neither the run nor the user says: pretrained models name up to a million
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -41,7 +41,7 @@ class Subject:
         Raises:
             UserError: a prompt and `tokens` new ones do not fit.
         """
-        room = getattr(self.model.config, "max_position_embeddings", None)
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = 1 + max(len(ids) for ids in self.tokenizer.encode(prompts))
         if room is not None and longest + tokens > room:
             raise UserError(
@@ -69,7 +69,7 @@ def open_subject(path: str | Path, *, dtype: str = "auto", context: int | None =
         path = name = (
             name / "merged"
         )  # a LoRA run: its checkpoints hold the adapters apart, this is the model with them
-    if (name / "checkpoints").is_dir() or (name / "MANIFEST.json").is_file() or name.name.startswith("step-"):
+    if is_ours(name):
         model, tokenizer, trained_on, origin = _open_ours(name)
     else:
         model, tokenizer, trained_on, origin = _open_theirs(str(path))  # a Path would turn ./name into a hub name
@@ -77,9 +77,11 @@ def open_subject(path: str | Path, *, dtype: str = "auto", context: int | None =
         raise UserError(f"{path} is no language model ({type(model).__name__}): it has no output over tokens")
     _check_vocabulary(model, tokenizer, path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = (choose_precision("auto") if device == "cuda" else "fp32") if dtype == "auto" else dtype
-    model = model.to(device=device, dtype=DTYPES[wanted]).eval()
     record = architecture(model.config.model_type)
+    plain = device == "cpu" or (record is not None and record.fp32)
+    wanted = ("fp32" if plain else choose_precision("auto")) if dtype == "auto" else dtype
+    model = model.to(device=device, dtype=DTYPES[wanted]).eval()
+    adopt(model)
     if record is not None and record.attention is not None:
         model.set_attn_implementation(record.attention)
     context = _context(model, context, trained_on)
@@ -91,6 +93,11 @@ def open_subject(path: str | Path, *, dtype: str = "auto", context: int | None =
         "context": context,
     }
     return Subject(model, tokenizer, context, description)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether it is a run directory or a checkpoint, there or not."""
+    return (path / "checkpoints").is_dir() or (path / "MANIFEST.json").is_file() or path.name.startswith("step-")
 
 
 Opened = tuple[Any, Tokenizer, int | None, dict[str, Any]]
@@ -116,17 +123,39 @@ def _open_theirs(name: str) -> Opened:
         )
     if folder.is_file():
         raise UserError(f"{name} is a file; give its folder")
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
     tokenizer = load_tokenizer(name)
-    return _from_pretrained(name), tokenizer, None, {"kind": "huggingface", "path": name, "step": None}
+    return (
+        from_pretrained(name, AutoModelForImageTextToText if _sees(name) else AutoModelForCausalLM),
+        tokenizer,
+        None,
+        {"kind": "huggingface", "path": name, "step": None},
+    )
 
 
-def _from_pretrained(name: str) -> Any:
+def _sees(name: str) -> bool:
+    """Whether it is a `llava`; what cannot be read is told of later."""
+    from transformers import AutoConfig, LlavaConfig
+
+    with suppress(OSError, ValueError, KeyError):
+        return isinstance(AutoConfig.from_pretrained(name), LlavaConfig)
+    return False
+
+
+def from_pretrained(name: str, auto: Any, spare: str = "") -> Any:
+    """The model in a folder of transformers or on the hub, fp32 on the CPU, by one of its automatic classes.
+
+    Tensors whose names begin with `spare` may be missing.
+
+    Raises:
+        UserError: it cannot be loaded, or its weights are not all there.
+    """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     try:
         with _quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 name, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -135,6 +164,7 @@ def _from_pretrained(name: str) -> Any:
     model, info = loaded
     # transformers would draw what is missing at random, and evaluate that.
     missing = [*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys") or ())]
+    missing = [key for key in missing if not (spare and key.startswith(spare))]
     if missing:
         raise UserError(f"{name}: its weights do not fit its config.json: {', '.join(sorted(missing)[:5])} missing")
     return model
@@ -166,7 +196,7 @@ def _check_vocabulary(model: Any, tokenizer: Tokenizer, path: str | Path) -> Non
 
 
 def _context(model: Any, wanted: int | None, trained_on: int | None) -> int:
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if wanted is None:
         return trained_on or min(longest or LONGEST, LONGEST)
     if wanted < 2 or (longest is not None and wanted > longest):

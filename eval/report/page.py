@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections.abc import Sequence
@@ -38,19 +39,19 @@ def write_report(run_dir: str | Path) -> Path:
     history = History.of(read(run.ledger))
     config = run.config.read_text(encoding="utf-8", errors="replace") if run.config.exists() else ""
     try:
-        write_atomic(run.report, _page(run.path.resolve().name, history, config))
+        write_atomic(run.report, _page(run.path.resolve(), history, config))
     except OSError as error:
         raise UserError(f"cannot write {run.report}: {error.strerror}") from None
     return run.report
 
 
-def _page(name: str, history: History, config: str) -> str:
-    title = escape(name)
+def _page(folder: Path, history: History, config: str) -> str:
+    name, title = folder.name, escape(folder.name)
     sections = [
         _header(name, history),
         _figures(history),
         _charts(history),
-        _samples(history.samples),
+        _samples(history.samples, folder),
         _time(history.goodput),
         _incidents(history.incidents),
         _restarts(history),
@@ -99,26 +100,42 @@ def _figure(chart: Chart) -> str:
     return f"<figure>{head}{draw(chart)}</figure>\n"
 
 
-def _samples(samples: Sequence[Record]) -> str:
+def _samples(samples: Sequence[Record], folder: Path) -> str:
     prompts: dict[str, list[Record]] = {}
     for record in samples:
-        prompts.setdefault(str(record.get("prompt", "")), []).append(record)
+        prompts.setdefault(f"{record.get('prompt', '')}\0{record.get('to', '')}", []).append(record)
     if not prompts:
         return ""
     blocks = []
-    for prompt, records in prompts.items():
+    for key, records in prompts.items():
+        prompt = key.partition("\0")[0]
         rows = "".join(
-            f"<div><b>step {record['step']:,}</b><p>{_sample_text(prompt, str(record.get('text', '')))}</p></div>"
+            f"<div><b>step {record['step']:,}</b><p>{_sample_text(prompt, record)}"
+            f"{''.join(_medium(folder, name, path) for name, path in record.get('files', {}).items())}</p></div>"
             for record in evenly(records, _SAMPLE_STEPS)
         )
         blocks.append(f'<article class="sample">{rows}</article>')
     return f"<section><h2>Samples</h2>{''.join(blocks)}</section>\n"
 
 
-def _sample_text(prompt: str, text: str) -> str:
-    text = text.removeprefix(prompt)
+def _medium(folder: Path, name: str, path: str) -> str:
+    """A picture or a sound of a sample, inside the page."""
+    try:
+        content = base64.b64encode((folder / path).read_bytes()).decode()
+    except OSError:
+        return f'<span class="medium">{escape(path)} is gone</span>'
+    label = escape(name.partition(".")[0])
+    kind = "audio/wav" if path.endswith(".wav") else "image/png"
+    source = f'src="data:{kind};base64,{content}"'
+    inside = f"<audio controls {source}></audio>" if kind == "audio/wav" else f'<img alt="{label}" {source}>'
+    return f'<span class="medium">{inside}<small>{label}</small></span>'
+
+
+def _sample_text(prompt: str, record: Record) -> str:
+    text = str(record.get("text", "")).removeprefix(prompt)
     more = " …" if len(text) > _SAMPLE_LETTERS else ""
-    return f"<mark>{escape(prompt)}</mark>{escape(text[:_SAMPLE_LETTERS])}{more}"
+    to = f" <small>to {escape(str(record['to']))}</small> " if "to" in record else ""
+    return f"<mark>{escape(prompt)}</mark>{to}{escape(text[:_SAMPLE_LETTERS])}{more}"
 
 
 def _time(found: Goodput | None) -> str:

@@ -44,6 +44,10 @@ max-height:26rem;overflow:auto}
 .sample div{display:grid;grid-template-columns:6.5rem 1fr;gap:0 1rem;padding:.8rem 1rem}
 .sample div+div{border-top:1px solid var(--line)}
 .sample b{color:var(--muted);font-size:.8rem;font-weight:500;padding-top:.2rem}
+.medium{display:inline-flex;flex-direction:column;align-items:center;margin:.1rem .3rem .1rem .9rem;
+vertical-align:top}
+.medium img{width:6rem;height:6rem;object-fit:contain;image-rendering:pixelated;border-radius:.3rem}
+.medium audio{width:15rem;height:2.4rem}.sample small{color:var(--muted)}
 .sample p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;
 font:.82rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 mark{background:var(--hl);color:inherit;border-radius:.2rem}
