@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ from millrace.finetune.lora import add_adapters, peft_config
 from millrace.finetune.results import write_results
 from millrace.finetune.source import Source, find_source, open_tokenizer, pin
 from millrace.finetune.task import Build, Task
+from millrace.models.bridge import needs_fp32
+from millrace.models.config import ModelConfig
 from millrace.pretrain.loop import Parts, fit
 from millrace.pretrain.objectives.base import OneModule
 from millrace.pretrain.resume import resume, tell_resumed
@@ -83,7 +85,7 @@ def finetune(config: FinetuneConfig) -> int:
     check(config)
     batch, micro_batch = config.train.batch, config.train.micro_batch
     check_batch(batch, micro_batch, world_size())
-    precision = choose_precision(config.engine.precision)
+    precision = _precision(config)
     settings = deepspeed_config(
         config.engine,
         precision,
@@ -96,6 +98,15 @@ def finetune(config: FinetuneConfig) -> int:
         return _run(config, world, settings, precision)
     finally:
         leave_world()
+
+
+def _precision(config: FinetuneConfig) -> str:
+    """What `engine.precision` asks for, as the source's architecture allows."""
+    source, fp32 = find_source(config.source), False
+    folder = source.folder if source.checkpoint is None else str(source.checkpoint / "model")
+    with suppress(UserError):  # a source without a configuration is refused where it is read
+        fp32 = needs_fp32(ModelConfig(init=folder))
+    return choose_precision(config.engine.precision, fp32_weights=fp32)
 
 
 def _run(config: FinetuneConfig, world: World, settings: dict[str, Any], precision: str) -> int:

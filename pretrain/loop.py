@@ -25,10 +25,11 @@ from millrace.engine.pace import Pace, Straggler
 from millrace.engine.replicas import compare_replicas
 from millrace.engine.signals import StopRequest
 from millrace.engine.watchdog.watch import Watch
-from millrace.eval.heldout import evaluate
+from millrace.eval.heldout import evaluate, means
 from millrace.pretrain.config import PretrainConfig
 from millrace.pretrain.objectives.base import Objective, gather
 from millrace.pretrain.progress import Progress
+from millrace.pretrain.samples import kept
 from millrace.pretrain.saving import end, finish_save, save, too_late
 from millrace.pretrain.schedule import Point
 from millrace.pretrain.tracking import Tracker
@@ -81,12 +82,12 @@ def fit(parts: Parts) -> int:
             views = [parts.objective.view(micro) for micro in batch.micro_batches]
             waited = time.perf_counter() - began
             at("collective", number)
-            tokens, size, bad, asked, writing = _agree(parts, batch, views, bool(stop))
+            tokens, weight, size, bad, asked, writing = _agree(parts, batch, views, bool(stop))
             if asked:
                 break
             lr = config.optim.lr * config.schedule.factor(point, duration)
             at("first" if point is parts.point else "step", number)
-            figures, square = accumulate(parts.objective, engine, views, tokens, pace)
+            figures, square = accumulate(parts.objective, engine, views, weight, pace)
             tracked = _due(Duration(config.track.norms_every, "steps"), point, Point(point.step + 1))
             gradients = engine.norms(gradients=True) if tracked else None
             # Rank 0's clock is everybody's: what is due by time must be due on all ranks. The time of the optimiser,
@@ -94,7 +95,7 @@ def fit(parts: Parts) -> int:
             spent = time.perf_counter() - began + stepping
             at("collective", number)
             sums, square, clock = _add_up(parts, figures, square, spent)
-            norm, before, loss = math.sqrt(square), point, sums["loss"] / max(tokens, 1.0)
+            norm, before, loss = math.sqrt(square), point, sums["loss"] / (weight or 1.0)
             point = Point(point.step + 1, point.tokens + int(tokens), point.seconds + clock)
             fault = parts.guard.judge(point.step, len(batch.state.stages), loss, norm)
             at("step", number)
@@ -103,7 +104,9 @@ def fit(parts: Parts) -> int:
             parts.objective.end_step(engine, taken=not fault)
             stepping = time.perf_counter() - began
             parts.identity["loader"] = batch.state.to_dict()
-            record = _record(point, sums, {"tokens": tokens, "bytes": size, "lr": lr, "grad_norm": norm})
+            found = means(sums, parts.objective.per, tokens) | {"loss": loss}
+            values = {"tokens": tokens, "bytes": size, "nats": sums["loss"], "lr": lr, "grad_norm": norm}
+            record = _record(point, found, values)
             record |= {"seconds": clock, "data_wait": waited, **_rates(parts, tokens, clock), "data": _data(batch)}
             parts.tracker.log("step", **record, **({"samples": batch.spans} if config.run.sample_ids else {}))
             progress.update(record)
@@ -132,10 +135,11 @@ def fit(parts: Parts) -> int:
 
 
 def _agree(parts: Parts, batch: Any, views: list[Any], asked: bool) -> list[float]:
-    """One all-reduce before the first backward: [targets, their text, bad samples, asked to stop, still writing]."""
-    targets = sum(parts.objective.targets(view) for view in views)
-    size = batch.local_bytes if parts.objective.of_text else 0
-    mine = (targets, size, len(batch.quarantined), asked, parts.saver.writing)
+    """One all-reduce before the first backward: [targets, weight, text, bad samples, asked to stop, still writing]."""
+    objective = parts.objective
+    targets, weight = (sum(map(count, views)) for count in (objective.targets, objective.weight))
+    size = batch.local_bytes if objective.of_text else 0
+    mine = (targets, weight, size, len(batch.quarantined), asked, parts.saver.writing)
     *agreed, lost = parts.engine.world.sum(*mine, parts.owner.lost())
     if lost:
         raise taken_over(parts.rundir.path)
@@ -143,7 +147,7 @@ def _agree(parts: Parts, batch: Any, views: list[Any], asked: bool) -> list[floa
 
 
 def accumulate(
-    objective: Objective, engine: Engines, views: list[Any], tokens: float, pace: Pace
+    objective: Objective, engine: Engines, views: list[Any], weight: float, pace: Pace
 ) -> tuple[dict[str, float], float]:
     """Forward and backward of every loss of a step; this rank's (figures by name, share of |gradient|²)."""
     losses, found = objective.losses(views, engine), []
@@ -152,7 +156,7 @@ def accumulate(
             loss = next(losses, None)
         if loss is None:
             break
-        engine[loss.engine].backward(loss.value, max(tokens, 1.0), last=loss.last)
+        engine[loss.engine].backward(loss.value, weight or 1.0, last=loss.last)
         found.append(loss.figures)
     figures = gather(found, objective.figures, engine.world.device)
     *values, square = torch.cat([figures, engine.gradient_square()[None]]).tolist()  # the step's only host read
@@ -184,15 +188,14 @@ def _weights(engine: Engines, figures: dict[str, float]) -> dict[str, Any]:
     return {"weight": engine.norms(gradients=False), **largest}
 
 
-def _record(point: Point, sums: dict[str, float], values: dict[str, float]) -> dict[str, Any]:
-    means = {name: value / max(values["tokens"], 1.0) for name, value in sums.items()}
-    loss = means.pop("loss")
+def _record(point: Point, found: dict[str, float], values: dict[str, float]) -> dict[str, Any]:
+    loss = found.pop("loss")
     return {
         "step": point.step,
         "loss": loss,
         "loss_hex": float(loss).hex(),
-        **({"bpb": sums["loss"] / math.log(2) / values["bytes"]} if values["bytes"] else {}),
-        **({"figures": means} if means else {}),
+        **({"bpb": values["nats"] / math.log(2) / values["bytes"]} if values["bytes"] else {}),
+        **({"figures": found} if found else {}),
         "lr": values["lr"],
         "grad_norm": values["grad_norm"],
         "tokens": int(values["tokens"]),
@@ -282,8 +285,9 @@ def _evaluate(parts: Parts, point: Point, progress: Progress) -> float | None:
         more = f" nats/token, {found.bpb:.4f} bits per byte" if text else ""
         more += "".join(f", {name} {value:.4f}" for name, value in found.averages.items())
         progress.say(f"step {point.step}: held-out {found.loss:.4f}{more}")
-    for entry in parts.sample() if parts.sample is not None else ():
-        parts.tracker.log("sample", step=point.step, **entry)
+    for number, entry in enumerate(parts.sample() if parts.sample is not None else ()):
+        shown = kept(parts.rundir, point.step, number, entry, main=parts.engine.world.main)
+        parts.tracker.log("sample", step=point.step, **shown)
     return loss
 
 

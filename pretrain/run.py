@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def pretrain(config: PretrainConfig) -> int:
         UserError: on every rank, before anything of another run is touched.
     """
     derived = resolve(config, world_size())
-    precision = choose_precision(config.engine.precision)
+    precision = precision_of(config)
     settings = deepspeed_config(
         config.engine,
         precision,
@@ -67,12 +67,18 @@ def pretrain(config: PretrainConfig) -> int:
         leave_world()
 
 
+def precision_of(config: PretrainConfig) -> str:
+    """The precision of a run: what `engine.precision` asks for, as its objective and architecture allow."""
+    kind: type[Objective] = lookup(OBJECTIVES, config.objective.kind, "objective")
+    return choose_precision(config.engine.precision, fp32_weights=kind.fp32_weights(config))
+
+
 def _run(config: PretrainConfig, world: World, settings: dict[str, Any], precision: str) -> int:
     corpus = Corpus.load(config.data.manifest)
     rundir = RunDir(Path(config.run.dir) / config.run.name)
     with build_loader_at(config, world, None) as probe:
-        tokenizer = probe.tokenizer
-    kind, setting = objective_of(config, settings, tokenizer)
+        tokenizer, costs = probe.tokenizer, probe.corpus.costs
+    kind, setting = objective_of(config, settings, tokenizer, costs)
     kind.check(setting)
     identity = _identity(config, rundir, corpus)
     with owned(rundir, identity, world) as owner, Watch(config.watchdog, rundir.path, world, owner.number) as watch:
@@ -137,9 +143,12 @@ def build_loader_at(config: PretrainConfig, world: World, state: LoaderState | N
 
 
 def objective_of(
-    config: PretrainConfig, settings: dict[str, Any], tokenizer: Tokenizer
+    config: PretrainConfig, settings: dict[str, Any], tokenizer: Tokenizer, costs: Mapping[str, Any] | None = None
 ) -> tuple[type[Objective], Setting]:
-    """The kind of objective that the configuration names, and what it is built from; `settings` are DeepSpeed's."""
+    """The kind of objective that the configuration names, and what it is built from; `settings` are DeepSpeed's.
+
+    `costs` are the corpus's.
+    """
     stage = settings["zero_optimization"]["stage"]
     kind: type[Objective] = lookup(OBJECTIVES, config.objective.kind, "objective")
     return kind, Setting(
@@ -150,7 +159,9 @@ def objective_of(
         sequence_length=config.data.sequence_length,
         rows=config.data.rows,
         seed=config.run.seed,
+        manifests=tuple([config.data.manifest] if isinstance(config.data.manifest, str) else config.data.manifest),
         zero3={**settings, "train_batch_size": config.train.batch} if stage == 3 else None,
+        costs=costs or {},
     )
 
 

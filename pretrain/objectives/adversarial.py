@@ -3,14 +3,17 @@
 Hinge losses (Lim and Ye, https://arxiv.org/abs/1705.02894), feature matching (Salimans et al.,
 https://arxiv.org/abs/1606.03498) and the adaptive weight of VQGAN (https://arxiv.org/abs/2012.09841, equation 7), here
 with gradients with respect to what was made, and of the step before as a whole: then it is the same on any ranks and
-accumulation. B rows, C channels, S sizes.
+accumulation. The penalty of steepness is R1 (Mescheder et al., https://arxiv.org/abs/1801.04406) by a difference in
+place of its second derivative, which sharded weights do not allow (Lin et al., https://arxiv.org/abs/2501.08316,
+section 3.4). B rows, C channels, S sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,12 +21,14 @@ from torch.nn import functional as F
 
 from millrace.engine.engines import Engines
 from millrace.engine.twin import Twin, Weights, weights_of
-from millrace.models.convolutions import Critic, mean_by_row
+from millrace.models.convolutions import Critic, mean_by_row, seeded_noise
 from millrace.models.initial import module_seed
 from millrace.pretrain.objectives.config import AdversaryConfig, CriticConfig
 
 NAME = "adversary"  # of its engine
 _MOST = 1e4  # what the adaptive weight is at most, as in VQGAN
+_NEAR = 0.1  # standard deviation of the noise by which steepness is measured; with less, rounding is measured too
+_NOISE = 0x9E3779B97F4A7C15  # by which its seeds differ from those of other noise of the same rows
 
 
 class Pull(NamedTuple):
@@ -93,15 +98,23 @@ class Adversary:
         return (-torch.stack([mean_by_row(each) for each in opinions]).mean(0) * good_B).sum()
 
     def judge(
-        self, pair: tuple[Tensor, Tensor], good_B: Tensor, engines: Engines, words: Sequence[Tensor] = ()
-    ) -> Tensor:
-        """The adversary's own loss of (real, made), summed over rows."""
-        opinions, _ = engines[NAME].ds(torch.cat([part.detach() for part in pair]), *(torch.cat([w, w]) for w in words))
-        found = torch.zeros_like(good_B)
-        for each in opinions:
-            a, b = each.chunk(2)
-            found = found + (mean_by_row(F.relu(1 - a)) + mean_by_row(F.relu(1 + b))) / (2 * len(opinions))
-        return (found * good_B).sum()
+        self, pair: tuple[Tensor, Tensor], view: Any, engines: Engines, words: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """The adversary's own loss of (real, made), summed over a view's good rows: with its penalty, and without."""
+        signals = [each.detach() for each in pair]
+        penalty = self._config.penalty if engines[NAME].module.training else 0.0
+        if penalty:
+            noise = seeded_noise(view.seeds ^ np.uint64(_NOISE), signals[0].shape[1:], signals[0].device)
+            signals.append(signals[0] + _NEAR * noise)
+        opinions, _ = engines[NAME].ds(torch.cat(signals), *(torch.cat([w] * len(signals)) for w in words))
+        scales = [each.float().chunk(len(signals)) for each in opinions]
+        hinges = [mean_by_row(F.relu(1 - a)) + mean_by_row(F.relu(1 + b)) for a, b, *_ in scales]
+        good_B = torch.tensor(view.good, device=signals[0].device).float()
+        judged = (torch.stack(hinges).mean(0) / 2 * good_B).sum()
+        if not penalty:
+            return judged, judged.detach()
+        steep_B = torch.stack([mean_by_row((a - near).square()) for a, _, near in scales]).mean(0) / _NEAR**2
+        return judged + penalty / 2 * (steep_B * good_B).sum(), judged.detach()
 
     @torch.no_grad()
     def end_step(self, balance: Balance, *, taken: bool) -> None:

@@ -7,7 +7,7 @@ A new objective is one file with a subclass (and its section of the configuratio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from millrace.core.errors import UserError
 from millrace.data.batch import IGNORED
 from millrace.engine.checkpoint.write import ENGINE as MAIN
 from millrace.engine.engines import Engines
+from millrace.models.bridge import needs_fp32
 
 if TYPE_CHECKING:
     from millrace.data.tokenizer import Tokenizer
@@ -38,7 +39,9 @@ class Setting:
     sequence_length: int
     rows: str  # data.rows
     seed: int
+    manifests: tuple[str, ...] = ()  # data.manifest
     zero3: dict[str, Any] | None = None  # DeepSpeed's configuration where modules are partitioned as they are built
+    costs: Mapping[str, Any] = field(default_factory=dict)  # role of a medium -> the rule that its positions follow
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,9 @@ class Objective:
     """
 
     # The loss that the run is judged by comes first. One called max_… is the largest of all, the others are summed
-    # over targets and given for each.
+    # over targets and given for each, or for each of what another figure counts, which `per` names.
     figures: tuple[str, ...] = ("loss",)
+    per: Mapping[str, str] = {}
     of_text: bool = True  # whether a step's targets stand for all bytes of its text
     flops_per_target: float | None = None  # of training; without it utilisation is not known
     name: str = ""  # of what is trained, for people
@@ -83,6 +87,14 @@ class Objective:
         Raises:
             UserError: what, and what would work.
         """
+
+    @classmethod
+    def fp32_weights(cls, config: Any) -> bool:
+        """Whether a run's bf16 must leave the weights in fp32 (`engine.precision` is "autocast" then).
+
+        `config` has the sections `objective` and `model`.
+        """
+        return needs_fp32(config.model)
 
     @classmethod
     def build(cls, setting: Setting) -> Objective:
@@ -116,6 +128,10 @@ class Objective:
     def targets(self, micro: Any) -> int:
         """Targets of a micro-batch's view; a step's gradient is the mean over those of all ranks."""
         return sum(micro.good) if hasattr(micro, "good") else int((micro.labels_BT != IGNORED).sum())
+
+    def weight(self, micro: Any) -> float:
+        """What the targets of a view weigh together, where they do not count alike; losses are summed by weight."""
+        return self.targets(micro)
 
     def end_step(self, engines: Engines, *, taken: bool) -> None:
         """After the optimisers' step, or after one that was not taken; on every rank."""

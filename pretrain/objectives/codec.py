@@ -41,6 +41,7 @@ class CodecObjective(Objective):
             self.figures += (NAME, "opinion", "matching")
         self.name = f"{model.config.bottleneck} codec of {model.config.modality}"
         self._section, self._adversary, self._model = section, adversary, model
+        self._seen = module.view  # other samples do not count
         self._counted: Tensor | None = None
         self._candidates: list[tuple[Tensor, Tensor]] = []
 
@@ -57,6 +58,9 @@ class CodecObjective(Objective):
         config, wanted = model.config, setting.objective.adversary
         adversary = Adversary(wanted, (config.dimensions, config.channels), setting.seed) if wanted.weight else None
         return cls(model, adversary, setting)
+
+    def view(self, micro: Any) -> Any:
+        return micro.where(self._seen)
 
     def losses(self, views: Sequence[Any], engines: Engines) -> Iterator[Loss]:
         module: CodecModule = engines.main.module
@@ -79,8 +83,8 @@ class CodecObjective(Objective):
             self._count(module.model.bottleneck, coded, view)
             yield Loss(value, figures, last)
             if self._adversary is not None:
-                judged = self._adversary.judge((coded.given, coded.made), good_B, engines)
-                yield Loss(judged, {NAME: judged.detach()}, last, NAME)
+                value, judged = self._adversary.judge((coded.given, coded.made), view, engines)
+                yield Loss(value, {NAME: judged}, last, NAME)
 
     def measure(self, view: Any, engines: Engines) -> Figures:
         coded = Coded(*engines.main.forward(view))
@@ -139,11 +143,11 @@ class CodecModule(nn.Module):
     def __init__(self, model: Codec, view: str) -> None:
         super().__init__()
         self.model, self.balance = model, Balance()
-        self._view = view or model.config.modality
+        self.view = view or model.config.modality
 
     def inputs(self, view: Any, device: torch.device) -> dict[str, Any]:
         """The arguments of `forward` from a `SampleBatch`."""
-        values = medium(view, self._view)
+        values = medium(view, self.view)
         found = {"values": values.to(device, non_blocking=True)}
         if self.training and isinstance(self.model.bottleneck, Normal):
             grid = [-(-size // self.model.config.stride) for size in self._sizes(values)]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from millrace.core.errors import UserError
 from millrace.engine.engines import Engines
 from millrace.models.towers import Tower, build_encoder
-from millrace.pretrain.objectives.base import MAIN, Figures, Loss, Objective, Setting, gathered
+from millrace.pretrain.objectives.base import MAIN, Figures, Loss, Objective, Setting, gathered, model_files
 
 _ROWS = 1024  # of the matrix of similarities that are held at once
 Features = dict[str, Tensor]
@@ -36,6 +36,7 @@ class Contrastive(Objective):
         super().__init__({MAIN: module})
         self._sigmoid, towers = setting.objective.loss == "sigmoid", setting.objective.built()
         self.name = " and ".join(f"{tower.kind} of {tower.name}" for tower in towers)
+        self._seen = [tower.name for tower in towers]  # samples without one of them do not count
         self.tokenizer = setting.tokenizer if any(tower.modality == "text" for tower in towers) else None
 
     @classmethod
@@ -53,6 +54,9 @@ class Contrastive(Objective):
             encoder = build_encoder(config, setting.tokenizer.vocab_size, setting.seed, setting.zero3)
             towers[config.name] = Tower(config, encoder, section.width, setting.seed)
         return cls(Towers(towers, section.scale, section.bias), setting)
+
+    def view(self, micro: Any) -> Any:
+        return micro.where(*self._seen)
 
     def losses(self, views: Sequence[Any], engines: Engines) -> Iterator[Loss]:
         module, world = engines.main.module, engines.world
@@ -84,6 +88,11 @@ class Contrastive(Objective):
         good = torch.tensor(view.good, device=engines.world.device)
         with torch.enable_grad():
             return self._gradients(features, good, range(len(good)), temperature, alone=True).figures
+
+    def files(self) -> dict[str, str]:
+        towers: Any = self.modules[MAIN].towers
+        found = {name: model_files(tower.encoder)["model/config.json"] for name, tower in towers.items()}
+        return {f"towers/{name}/config.json": text for name, text in found.items()}
 
     def _gradients(
         self, features: Features, good_N: Tensor, rows: range, temperature: Tensor, *, alone: bool = False

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from millrace.core.errors import UserError
 from millrace.engine.engines import Engines
-from millrace.engine.teacher import Teacher
+from millrace.engine.teacher import follow
 from millrace.models.bridge import build_sized
 from millrace.models.conditioning import seen_tokens
 from millrace.models.convolutions import seeded_noise, signal_of
@@ -36,6 +36,7 @@ class Gan(Objective):
         self.name = f"generator of {config.modality}" + (" from words" if config.words else "")
         self.tokenizer = setting.tokenizer if config.words else None
         self._adversary, self._model, self._decay = adversary, module.model, section.decay
+        self._seen = [module.view, *(["tokens"] if config.words else [])]  # samples without them do not count
 
     @classmethod
     def check(cls, setting: Setting) -> None:
@@ -57,6 +58,9 @@ class Gan(Objective):
         adversary = Adversary(setting.objective.adversary, (config.dimensions, config.channels), setting.seed, words)
         return cls(GanModule(made[0], made[1], setting.objective.view), adversary, setting)
 
+    def view(self, micro: Any) -> Any:
+        return micro.where(*self._seen)
+
     def losses(self, views: Sequence[Any], engines: Engines) -> Iterator[Loss]:
         self._adversary.begin(engines)
         for number, view in enumerate(views):
@@ -66,15 +70,15 @@ class Gan(Objective):
             check_size(real, made)
             fooled = self._adversary.opinion(made, good_B, words)
             yield Loss(fooled, {"loss": fooled.detach()}, last)
-            judged = self._adversary.judge((real, made), good_B, engines, words)
-            yield Loss(judged, {NAME: judged.detach()}, last, NAME)
+            value, judged = self._adversary.judge((real, made), view, engines, words)
+            yield Loss(value, {NAME: judged}, last, NAME)
 
     def measure(self, view: Any, engines: Engines) -> Figures:
         self._adversary.begin(engines)
         good_B, real, words = self._given(view, engines)
         made = engines.main.forward(view)
         opinion = self._adversary.opinion(made, good_B, words)
-        return {"loss": opinion, NAME: self._adversary.judge((real, made), good_B, engines, words)}
+        return {"loss": opinion, NAME: self._adversary.judge((real, made), view, engines, words)[1]}
 
     def _given(self, view: Any, engines: Engines) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(which rows are good, what is real, tokens and their mask)."""
@@ -87,23 +91,35 @@ class Gan(Objective):
     def end_step(self, engines: Engines, *, taken: bool) -> None:
         module: GanModule = engines.main.module
         if taken:
-            module.mean.follow(module.model, self._decay)
+            module.follow(self._decay)
 
     def files(self) -> dict[str, str]:
         return model_files(self._model)
 
 
 class GanModule(nn.Module):
-    """A generator, and the running mean of its weights."""
+    """A generator, and the running mean of its weights under the name that is exported."""
 
-    def __init__(self, model: Generator, mean: Generator, view: str) -> None:
+    steps: Tensor
+
+    def __init__(self, maker: Generator, mean: Generator, view: str) -> None:
         super().__init__()
-        self.model, self.mean = model, Teacher(mean)
-        self._view = view or model.config.modality
+        self.maker, self.model = maker, mean.requires_grad_(False)
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.long))
+        self.view = view or mean.config.modality
+
+    def follow(self, decay: float) -> None:
+        """After a step: the mean moves, at first faster, so that the random first weights are soon no part of it.
+
+        By min(`decay`, (1 + steps) / (10 + steps)), as TensorFlow's ExponentialMovingAverage does.
+        """
+        self.steps += 1
+        early = (1 + self.steps) / (10 + self.steps)
+        follow(self.model, self.maker, early.clamp(max=decay))
 
     def real(self, view: Any) -> Tensor:
         """Images uint8 (B, height, width, 3) or sounds (B, F) of a `SampleBatch`."""
-        return medium(view, self._view)
+        return medium(view, self.view)
 
     def inputs(self, view: Any, device: torch.device) -> dict[str, Any]:
         """The arguments of `forward` from a `SampleBatch`."""
@@ -117,7 +133,7 @@ class GanModule(nn.Module):
 
     def forward(self, noise_BN: Tensor, **words: Tensor) -> Tensor:
         """What the generator makes (B, C, *S); out of training, what its mean makes."""
-        made: Tensor = (self.model if self.training else self.mean)(noise_BN, **words)
+        made: Tensor = (self.maker if self.training else self.model)(noise_BN, **words)
         return made
 
 

@@ -28,7 +28,7 @@ class Found:
         more: Sequence[dict[str, Any]] = (),
     ) -> None:
         """`kinds` are the sections of each; `more` are scenarios of two ranks."""
-        self.stages: list[str] = list(stages)
+        self.folder, self.stages = folder, list(stages)
         self.results: dict[str, Any] = {}
         for world in (1, 2):
             jobs: list[dict[str, Any]] = []
@@ -68,6 +68,10 @@ class Found:
             whole, half, rest = (self.results[f"{kind} 2 {stage} {how}"] for how in ("whole", "half", "rest"))
             assert half["found"] + rest["found"] == whole["found"]
             assert (rest["loaded"], rest["after"]) == (half["after"], whole["after"])
+
+    def checkpoint(self, kind: str, stage: str) -> Path:
+        """What two ranks saved after `HALF` steps."""
+        return self.folder / f"{kind} 2 {stage}".replace(" ", "-") / f"step-{HALF:08d}"
 
     def losses(self, kind: str) -> list[float]:
         """Of one rank without sharding."""

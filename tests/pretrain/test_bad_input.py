@@ -15,15 +15,20 @@ import pytest
 
 from millrace.core.ledger import read
 from millrace.engine.checkpoint.read import list_checkpoints
-from tests.ranks import ROOT, environment
+from tests.ranks import ROOT, environment, launch_world, run_alone
 
 
-def pretrain(*arguments: str, preexec: Any = None) -> subprocess.CompletedProcess[str]:
-    """One rank, as `millrace pretrain` starts it."""
+def launch(*arguments: str, preexec: Any = None) -> subprocess.CompletedProcess[str]:
+    """`millrace pretrain`, which starts one rank."""
     command = [sys.executable, "-m", "millrace.launch", "pretrain", *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, preexec_fn=preexec
     )
+
+
+def pretrain(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The rank alone."""
+    return run_alone("millrace.pretrain", arguments)
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -39,7 +44,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps with checkpoints at 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("finished")
-    done = pretrain(str(config_file), *options(folder, "6 steps"))
+    done = launch(str(config_file), *options(folder, "6 steps"))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -143,40 +148,55 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_there(run: Path, config_fil
         # Writing past the limit fails as on a full disk, with another errno; a quota of the whole disk needs root.
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1000, largest - 1000))
 
-    done = pretrain(str(config_file), *options(run.parent, "8 steps"), preexec=limit)
+    done = launch(str(config_file), *options(run.parent, "8 steps"), preexec=limit)
     text = " ".join(done.stderr.split())
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "could not write the checkpoint on rank 0" in text and "free space" in text
     assert snapshot(run / "checkpoints") == before, "no half-written folder, nothing lost"
 
 
-MISTAKES = [
+OF_THE_LAUNCHER = [  # which reads the configuration before it starts ranks
     (["optim.momentun=0.9"], "unknown key 'optim.momentun'"),
     (["optim.lr=fast"], "optim.lr = 'fast' in override 'optim.lr=fast': expected a number"),
     (["train.batch=6", "train.micro_batch=4"], "train.batch = 6 is not a multiple of train.micro_batch = 4"),
-    (["train.batch=6", "run.processes=4"], "numbers of ranks that work: 1, 2, 3, 6"),
-    (["data.manifest=/nowhere"], "/nowhere"),
-    (["model.kind=qwen33"], "did you mean 'qwen3'"),
-    (["model.config.vocab_size=64"], "tokenizer has"),
-    (["model.kind=mamba2", "model.config={hidden_size=64, num_heads=8, head_dim=16}"], "mamba2"),
     (["engine.zero_stage=5"], "engine.zero_stage = 5"),
     (["engine.offload_params=true"], "engine.offload_params needs engine.zero_stage = 3"),
-    (["engine.deepspeed_config=/nowhere.json"], "no DeepSpeed configuration /nowhere.json"),
     (["train.duration=forever"], "cannot read 'forever' as a quantity"),
     (["--fast"], "unknown flag --fast"),
 ]
+OF_A_RANK = [
+    (["data.manifest=/nowhere"], "/nowhere"),
+    (["model.kind=qwen33"], "did you mean 'qwen3'"),
+    (["model.config.vocab_size=64"], "tokenizer has"),
+    (["model.kind=xlstm", "model.config={hidden_size=32, num_heads=2, num_hidden_layers=1}"], "xlstm"),
+    (["engine.deepspeed_config=/nowhere.json"], "no DeepSpeed configuration /nowhere.json"),
+]
+MISTAKES = [
+    *((launch, *mistake) for mistake in [*OF_THE_LAUNCHER, OF_A_RANK[0]]),
+    *((pretrain, *mistake) for mistake in OF_A_RANK[1:]),
+]
 
 
-@pytest.mark.parametrize("arguments, says", MISTAKES, ids=[" ".join(m[0])[:40] for m in MISTAKES])
-def test_mistakes_are_told_in_one_line(config_file: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
-    done = pretrain(str(config_file), f"run.dir={tmp_path}/runs", *arguments)
+@pytest.mark.parametrize("start, arguments, says", MISTAKES, ids=[" ".join(m[1])[:40] for m in MISTAKES])
+def test_mistakes_are_told_in_one_line(
+    config_file: Path, tmp_path: Path, start: Any, arguments: list[str], says: str
+) -> None:
+    done = start(str(config_file), f"run.dir={tmp_path}/runs", *arguments)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and says in " ".join(done.stderr.split()), done.stderr
-    assert done.stderr.count("error:") == 1, "told once, not by every rank"
+    assert done.stderr.count("error:") == 1
+
+
+def test_a_mistake_is_told_once_not_by_every_rank(config_file: Path, tmp_path: Path) -> None:
+    arguments = [str(config_file), f"run.dir={tmp_path}/runs", "train.batch=6"]
+    codes, said = launch_world("millrace.pretrain", 4, arguments)
+    assert codes == [1] * 4 and "Traceback" not in "".join(said)
+    assert "numbers of ranks that work: 1, 2, 3, 6" in " ".join(said[0].split()) and said[0].count("error:") == 1
+    assert "error:" not in "".join(said[1:])
 
 
 def test_debug_shows_the_traceback(config_file: Path, tmp_path: Path) -> None:
-    done = pretrain(str(config_file), f"run.dir={tmp_path}/runs", "optim.lr=fast", "--debug")
+    done = launch(str(config_file), f"run.dir={tmp_path}/runs", "optim.lr=fast", "--debug")
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 

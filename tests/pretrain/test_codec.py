@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from millrace.eval.heldout import evaluate
 from tests.pretrain.samples_worker import BAD, LR, ROWS, objective_of, samples
 from tests.pretrain.stages import HALF, STAGES, STEPS, Found
 
@@ -33,6 +35,7 @@ KINDS = {
 }
 KINKS = {"none": 7, "waveform": 4}  # steps before the first at which rounding decides
 QUICK = ("vq", "kl")  # in every run of the tests
+MIXED = [{**KINDS["vq"], "name": f"mixed {s}", "stage": s, "steps": 3, "micro": 2, "images": 3} for s in (0, 3)]
 BF16 = {**KINDS["vq"], "name": "bf16", "stage": 2, "precision": "bf16"}
 
 
@@ -42,7 +45,8 @@ def learns(losses: list[float]) -> bool:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return Found(tmp_path_factory.mktemp("quick"), {kind: KINDS[kind] for kind in QUICK}, ("zero0", "zero3"), [BF16])
+    kinds = {kind: KINDS[kind] for kind in QUICK}
+    return Found(tmp_path_factory.mktemp("quick"), kinds, ("zero0", "zero3"), [BF16, *MIXED])
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +68,35 @@ def test_at_every_stage(found: Found, kind: str) -> None:
     assert learns(found.losses(kind))
 
 
+def test_held_out_samples_are_measured_without_the_adversary() -> None:
+    """Its figures are those of training: the held-out ones are the mean over good rows of what is restored."""
+    objective: Any = objective_of(KINDS["vq"])
+    module = objective.modules["model"]
+    world = SimpleNamespace(device=torch.device("cpu"), sum=lambda *values: values)
+    main = SimpleNamespace(module=module, forward=lambda view: module(**module.inputs(view, world.device)))
+    engines: Any = SimpleNamespace(main=main, world=world, train=module.train)
+    found = evaluate(objective, engines, [(samples(0, 0, 4), 0), (samples(0, 4, ROWS), 0)])
+    good = [row for row in range(ROWS) if row != BAD]
+    coded = module.eval()(samples(0, 0, ROWS).values["image"][good])
+    restored = float((coded.made - coded.given).detach().abs().mean())
+    assert found.averages.keys() == {"reconstruction", "bottleneck"}
+    assert found.averages["reconstruction"] == pytest.approx(restored, rel=1e-5)
+
+
 def test_what_follows_stays_exact_in_bf16(quick: Found) -> None:
     result, other = quick.results["bf16"], quick.results["vq 2 zero0 whole"]
     assert set(result["buffers"].values()) == {"torch.float32", "torch.int64"}
     assert [step[0] for step in result["found"]] == pytest.approx([step[0] for step in other["found"]], rel=0.1)
+
+
+def test_samples_without_an_image_do_not_count(quick: Found) -> None:
+    """Rank 1 has none at all, and neither rank hangs; the first loss is the mean over the three that are there."""
+    found, other = (quick.results[f"mixed {stage}"]["found"] for stage in (0, 3))
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(other), rtol=1e-4, atol=1e-6)
+    module: Any = objective_of(KINDS["vq"]).modules["model"]
+    coded = module(**module.inputs(samples(0, 0, 3), torch.device("cpu")))
+    loss = (coded.made - coded.given).abs().flatten(1).mean(1) + 0.25 * coded.cost_B
+    assert found[0][0] == pytest.approx(loss.mean().item(), rel=1e-4)
 
 
 def test_equals_plain_torch(quick: Found) -> None:

@@ -73,5 +73,13 @@ def test_gradient_is_that_of_the_whole_batch(found: Any, reference: Any, world: 
         torch.testing.assert_close(torch.tensor(values), expected, atol=1e-6, rtol=1e-4)
 
 
+def test_pairs_of_which_one_is_missing_do_not_count() -> None:
+    batch = samples(0, 4)
+    names = list(batch.values)
+    batch.present = {names[0]: [True, False, True, True], names[1]: [True, True, False, True]}
+    good = [one and row not in (1, 2) for row, one in enumerate(batch.good)]
+    assert build("softmax").view(batch).good == good and any(good)
+
+
 def test_a_bad_sample_counts_nothing(found: Any) -> None:
     assert len({round(result["accuracy"], 9) for name, result in found.items() if name.startswith("softmax")}) == 1

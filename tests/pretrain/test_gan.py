@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from millrace.core.errors import UserError
+from millrace.models.convolutions import seeded_noise
 from tests.pretrain.samples_worker import BAD, LR, ROWS, objective_of, samples
 from tests.pretrain.stages import HALF, STAGES, Found
 
 _SIZES: dict[str, Any] = {"widths": [8, 16], "strides": [2, 2], "grid": 4, "noise": 8}
-_SECTION = {"kind": "gan", "decay": 0.5, "adversary": {"width": 8, "layers": 2}}
+_SECTION = {"kind": "gan", "decay": 0.5, "adversary": {"width": 8, "layers": 2, "penalty": 0.5}}
 
 
 def _of(**model: Any) -> dict[str, Any]:
@@ -42,6 +44,10 @@ def test_without_and_with_sharding(quick: Found) -> None:
     quick.check("words")
 
 
+def test_samples_without_an_image_do_not_count() -> None:
+    assert objective_of(KINDS["words"]).view(samples(0, 0, 8, 3)).good == [True] * 3 + [False] * 5
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1100)
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,12 +66,12 @@ def _reference(sections: dict[str, Any], steps: int) -> Iterator[list[float]]:
     objective: Any = objective_of(sections)
     module, critic = objective.modules["model"], objective.modules["adversary"]
     good = torch.tensor([row != BAD for row in range(ROWS)])
-    optimisers = [torch.optim.AdamW(part.parameters(), LR) for part in (module.model, critic)]
+    optimisers = [torch.optim.AdamW(part.parameters(), LR) for part in (module.maker, critic)]
     for number in range(steps):
         batch = samples(number, 0, ROWS)
         given = module.inputs(batch, torch.device("cpu"))
         words = [given["tokens_BT"][good], given["mask_BT"][good]]
-        made = module.model(**given)[good]
+        made = module.maker(**given)[good]
         real = batch.values["image"][good].movedim(-1, 1).float() / 127.5 - 1
         fooled = -critic(made, *words)[0][0].flatten(1).mean(1).sum() / len(real)
         losses = [
@@ -73,8 +79,11 @@ def _reference(sections: dict[str, Any], steps: int) -> Iterator[list[float]]:
             for sign, x in ((-1, real), (1, made))
         ]
         judged = (losses[0] + losses[1]).sum() / 2 / len(real)
+        noise = seeded_noise(batch.seeds[good.numpy()] ^ np.uint64(0x9E3779B97F4A7C15), real.shape[1:], real.device)
+        near = critic(real + 0.1 * noise, *words)[0][0]
+        steep = ((critic(real, *words)[0][0] - near) / 0.1).square().flatten(1).mean(1).sum() / len(real)
         pairs = [(part, torch.autograd.grad(loss, list(part.parameters())))
-                 for part, loss in ((module.model, fooled), (critic, judged))]  # fmt: skip
+                 for part, loss in ((module.maker, fooled), (critic, judged + 0.5 / 2 * steep))]  # fmt: skip
         for part, grads in pairs:
             for param, grad in zip(part.parameters(), grads, strict=True):
                 param.grad = grad
@@ -89,13 +98,44 @@ def test_the_running_mean_makes_what_is_evaluated() -> None:
     given = module.inputs(samples(0, 0, 4), torch.device("cpu"))
     before = module(**given)
     with torch.no_grad():
-        for param in module.model.parameters():
+        for param in module.maker.parameters():
             param += 0.1
     assert not torch.equal(module(**given), before)
     module.eval()
     assert torch.equal(module(**given), before)  # both began with the same weights
-    module.mean.follow(module.model, 0.0)
+    module.follow(0.0)
     assert torch.equal(module(**given), module.train()(**given))
+
+
+def test_the_mean_moves_faster_at_first() -> None:
+    objective: Any = objective_of(KINDS["words"])
+    module = objective.modules["model"]
+    with torch.no_grad():
+        for param in module.maker.parameters():
+            param.fill_(1.0)
+        for param in module.model.parameters():
+            param.fill_(0.0)
+    expected, bias = 0.0, module.model.start.bias
+    for step in range(1, 5):
+        decay = min(0.4, (1 + step) / (10 + step))
+        expected = decay * expected + 1 - decay
+        module.follow(0.4)
+        torch.testing.assert_close(bias, torch.full_like(bias, expected))
+
+
+def test_the_penalty_is_that_of_a_gradient() -> None:
+    """A small difference stands for R1's squared gradient of one opinion, in the mean over directions."""
+    objective: Any = objective_of(KINDS["words"])
+    critic = objective.modules["adversary"].double()
+    told = [torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool)]
+    real = torch.rand(1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    opinion = critic(real, *told)[0][0]
+    squares = [torch.autograd.grad(each, real, retain_graph=True)[0].square().sum() for each in opinion.flatten()]
+    noise = seeded_noise(range(0, 8000, 2), real.shape[1:], real.device).double()
+    with torch.no_grad():
+        near = critic(real + 0.1 * noise, *(word.expand(len(noise), -1) for word in told))[0][0]
+    found = ((near - opinion) / 0.1).square().mean()
+    assert float(found.detach()) == pytest.approx(float(torch.stack(squares).detach().mean()), rel=0.1)
 
 
 def test_words_change_what_is_made_and_judged() -> None:

@@ -43,6 +43,29 @@ def test_equals_full_logits(chunk, z_loss, bias, transform):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("transform", [LogitsTransform(), LogitsTransform(cap=3.0, factor=0.25)])
+def test_targets_may_count_for_more_or_less(z_loss, transform):
+    torch.manual_seed(0)
+    head = nn.Linear(D, V, bias=True, dtype=torch.float64)
+    hidden = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
+    labels, shares = torch.randint(0, V, (N,)), torch.rand(N) * 3
+    labels[::5], shares[1::4] = -100, 0.0
+    logits = transform(head(hidden))
+    nll = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    wanted = (shares * (nll + z_loss * (labels != -100) * torch.logsumexp(logits, -1).square())).sum()
+    parameters = [hidden, *head.parameters()]
+    wanted_grads = torch.autograd.grad(0.3 * wanted, parameters)
+    LossHead.adopt(head, z_loss=z_loss, transform=transform, chunk=10)
+    loss, metrics, each = head(hidden, labels=labels, shares=shares)
+    grads = torch.autograd.grad(0.3 * loss, parameters)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(each.double(), nll, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(metrics.double(), torch.stack([nll.sum(), logits.max()]), rtol=1e-6, atol=0)
+    for got, want in zip(grads, wanted_grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+
 def test_without_labels_it_is_the_old_head():
     head = nn.Linear(D, V)
     hidden = torch.randn(2, 3, D)
@@ -81,13 +104,15 @@ def test_no_targets_is_a_loss_of_zero_with_zero_gradient():
     assert loss.item() == 0 and hidden.grad.abs().max() == 0 and head.weight.grad.abs().max() == 0
 
 
-def test_compiled_equals_eager():
+# Inductor takes half a minute. Of every run of the tests, engine/test_engine_options.py has it compile a whole model.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_equals_eager(backend):
     torch.manual_seed(0)
     head = LossHead.adopt(nn.Linear(D, V), z_loss=1e-3, transform=LogitsTransform(cap=5.0), chunk=16)
     hidden, labels = torch.randn(40, D, requires_grad=True), torch.randint(0, V, (40,))
     loss, _ = head(hidden, labels=labels)
     wanted = torch.autograd.grad(loss, [hidden, head.weight])
-    compiled = torch.compile(lambda h, y: head(h, labels=y), fullgraph=True)
+    compiled = torch.compile(lambda h, y: head(h, labels=y), fullgraph=True, backend=backend)
     loss_c, _ = compiled(hidden, labels)
     got = torch.autograd.grad(loss_c, [hidden, head.weight])
     torch.testing.assert_close(loss_c, loss)
@@ -102,3 +127,19 @@ def test_product_is_added_in_place_and_follows_the_rules_of_operators():
     _add_product(into, left, right)
     torch.testing.assert_close(into, expected)
     assert into.data_ptr() == address
+
+
+def test_under_autocast_products_are_in_bf16_and_sums_in_fp32():
+    torch.manual_seed(0)
+    head, hidden, labels = nn.Linear(D, V), torch.randn(N, D, requires_grad=True), torch.randint(0, V, (N,))
+    rounded = [t.detach().bfloat16().float().requires_grad_() for t in (hidden, head.weight, head.bias)]
+    wanted, _, _ = reference(*rounded, labels, 0.0, LogitsTransform())
+    wanted_grads = torch.autograd.grad(wanted, rounded)
+    LossHead.adopt(head, z_loss=0.0, transform=LogitsTransform(), chunk=8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = head(hidden, labels=labels)
+    grads = torch.autograd.grad(loss, [hidden, head.weight, head.bias])
+    torch.testing.assert_close(loss, wanted, rtol=1e-3, atol=0)
+    for got, want in zip(grads, wanted_grads, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from millrace.core.ledger import read
 from millrace.engine.checkpoint.read import Checkpoint, list_checkpoints
-from tests.pretrain.test_kill_resume import kill_tree, start
+from tests.forkserver import Fork
+from tests.pretrain.test_kill_resume import kill_tree
+from tests.ranks import environment, start_python
 
-# One rank, with a lease that expires soon; told "elsewhere", it cannot look at the processes of this machine.
-ONE = """
-import runpy, sys
-from millrace.core import lease
-lease.EXPIRES, lease._TOUCHED = 2.0, 0.4
-if sys.argv.pop(1) == "elsewhere":
-    lease._machine = lambda: "elsewhere"
-runpy.run_module("millrace.pretrain", run_name="__main__", alter_sys=True)
-"""
+Rank = Fork | subprocess.Popen[bytes]
 
 
-def begin(config: Path, folder: Path, where: str) -> subprocess.Popen[bytes]:
+def begin(config: Path, folder: Path, where: str) -> Rank:
+    """A rank that writes `WHERE.log`."""
     arguments = [f"run.dir={folder}", "run.name=run", "train.duration=100k steps", "checkpoint.every=5 steps"]
-    return start([sys.executable, "-c", ONE, where, str(config), *arguments], folder / f"{where}.log")
+    script = Path(__file__).with_name("owner_worker.py")
+    with open(folder / f"{where}.log", "ab") as log:
+        return start_python([str(script), where, str(config), *arguments], environment(), log.fileno(), log.fileno())
 
 
 def steps(run: Path, owner: int) -> list[int]:
@@ -34,7 +30,7 @@ def steps(run: Path, owner: int) -> list[int]:
     return [r["step"] for r in found if r["event"] == "step" and r["owner"] == owner]
 
 
-def wait_for_steps(run: Path, owner: int, count: int, child: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for_steps(run: Path, owner: int, count: int, child: Rank, log: Path) -> None:
     until = time.monotonic() + 120
     while len(steps(run, owner)) < count:
         assert child.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
