@@ -1,4 +1,4 @@
-"""`millrace eval`: bits per byte and tasks of any checkpoint."""
+"""`millrace eval`: bits per byte and tasks of any checkpoint, recall of a contrastive one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,19 @@ def main(argv: Sequence[str]) -> int:
         "--text", nargs="+", action="extend", default=[], metavar="PATH",
         help="bits per byte of text, JSONL or Parquet files, folders of them, or manifests",
     )  # fmt: skip
+    parser.add_argument(
+        "--probe", nargs="+", default=[], metavar="MANIFEST",
+        help="what features of an image encoder are worth, on labelled images with a held-out part (or a second "
+        "manifest): nearest neighbours and a linear probe",
+    )  # fmt: skip
+    parser.add_argument("--label", default="label", metavar="COLUMN", help="of the labels of --probe (label)")
+    parser.add_argument("--untrained", action="store_true", help="of --probe: with random weights, to compare with")
     parser.add_argument("--tasks", nargs="+", action="extend", default=[], metavar="PATH", help="task files or folders")
+    parser.add_argument(
+        "--retrieval",
+        metavar="MANIFEST",
+        help="recall of a contrastive run among 100 samples of a manifest",
+    )
     parser.add_argument("--out", metavar="FILE.json", help="result (default: eval-NAME.json here)")
     parser.add_argument("--limit", type=int, metavar="N", help="first N documents of each text and task")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="rows computed at once (8)")

@@ -12,7 +12,8 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="millrace export",
         description="Write a Hugging Face folder (safetensors, no code) that AutoModelForCausalLM.from_pretrained and "
-        "AutoTokenizer.from_pretrained load. One CPU process, with memory for a few copies of the largest tensor.",
+        "AutoTokenizer.from_pretrained load; one of a codec or a generator is loaded by AutoModel, after `import "
+        "millrace.models.bridge`. One CPU process, with memory for a few copies of the largest tensor.",
         epilog="example: millrace export runs/tiny exported/ --dtype bf16",
     )
     parser.add_argument("source", help="run directory (its newest good checkpoint) or a step-N folder")

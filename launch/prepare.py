@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from millrace.core.config import Source, build
 from millrace.core.console import get_console, say, show_table
+from millrace.core.errors import UserError
 from millrace.core.units import fmt_count, fmt_size
 from millrace.launch.arguments import Parser
+
+if TYPE_CHECKING:
+    from millrace.data.prepare import PrepareConfig, Summary
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +31,12 @@ def index(argv: Sequence[str]) -> int:
 def _prepare(given: dict[str, Any]) -> int:
     from millrace.data.prepare import PrepareConfig, prepare
 
-    summary = prepare(build(PrepareConfig, given, Source("the command line")), Shown())
+    codecs = _codecs(given.pop("codec", ()))
+    config = build(PrepareConfig, given, Source("the command line"))
+    launched = "WORLD_SIZE" in os.environ or "SLURM_STEP_ID" in os.environ
+    summary = _on_ranks(config, codecs) if codecs or launched else prepare(config, Shown())
+    if summary is None:
+        return 0
     rows = [
         (
             part,
@@ -47,6 +57,37 @@ def _prepare(given: dict[str, Any]) -> int:
         say(f"skipped: {skipped}")
     print(summary.out)
     return 0
+
+
+def _codecs(given: Sequence[str]) -> dict[str, str]:
+    """Where the codec of each role is."""
+    found: dict[str, str] = {}
+    for text in given:
+        role, _, path = text.partition("=")
+        if not path or role in found:
+            raise UserError(f"--codec {text}: write ROLE=WHERE once for each role, such as --codec image=runs/codec")
+        found[role] = path
+    return found
+
+
+def _on_ranks(config: PrepareConfig, codecs: Mapping[str, str]) -> Summary | None:
+    """Prepare on all ranks that a launcher started, if it did, with codecs or without; None on all but the first."""
+    from millrace.data.prepare import prepare
+    from millrace.engine.distributed import join_group, leave_world, world_size
+    from millrace.eval.coder import open_coder
+
+    world = join_group() if world_size() > 1 else None
+    main = world is None or world.main
+    try:
+        coders = {role: open_coder(role, path, world.device if world else None) for role, path in codecs.items()}
+        summary = prepare(config, Shown() if main else _silent, coders, world)
+    finally:
+        leave_world()
+    return summary if main else None
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
 
 
 class Shown:
@@ -87,6 +128,13 @@ def _parser() -> Parser:
     )
     _add_inputs(parser)
     add: Any = parser.add_argument
+    add(
+        "--codec",
+        action="append",
+        metavar="ROLE=WHERE",
+        help="encode images or sounds with a codec: its run, step-N folder or export, as in image=runs/codec. Under "
+        "torchrun, accelerate launch or srun all ranks encode",
+    )
     add("--tokenizer", help="tokenizer folder, file or hub name (default: train a byte-level BPE)")
     add("--vocab-size", help="vocabulary of the tokenizer to train (default: 8192)")
     add("--train-bytes", help="text that the tokenizer is trained on, at most (default: 64 MiB)")

@@ -189,6 +189,8 @@ def _show_samples(batch: Any, opened: Any, options: argparse.Namespace) -> None:
     for row, sample in enumerate(batch.samples[: options.rows]):
         print(f"\n── sample {sample}{'' if batch.good[row] else ': bad'} ({opened.corpus.shard_url(sample)})")
         for role, values in batch.values.items():
+            if not batch.has(role)[row]:
+                continue
             value = values[row].numpy()
             value = value[: int(batch.lengths[role][row])] if role in batch.lengths else value
             if role == "tokens":
@@ -206,7 +208,7 @@ def _show_value(role: str, value: Any, name: str, options: argparse.Namespace) -
         from PIL import Image
 
         Image.fromarray(value).save(folder / f"{name}.png")
-    else:
+    elif value.dtype.kind == "f":
         import soundfile
 
         soundfile.write(folder / f"{name}.wav", value, 16000)

@@ -1,4 +1,4 @@
-"""`make demo`: the whole chain, on text that every machine has."""
+"""`make demo`: the whole chain, on text, pictures and sounds that every machine can make."""
 
 if __name__ != "millrace.launch.demo":
     raise ImportError(

@@ -15,10 +15,12 @@ def main(argv: list[str]) -> int:
     """Play the demo in a new numbered folder; the exit code is 0 only if everything came out as it must."""
     parser = argparse.ArgumentParser(
         prog="python -m millrace.launch.demo",
-        description="Pretrain on Python's standard library, kill and resume, export, evaluate, fine-tune with LoRA. "
+        description="Codecs of pictures and sounds; one model of Python's standard library, glyphs and dial tones; "
+        "kill and resume, export, generate, evaluate, fine-tune with LoRA. "
         "Every call starts afresh in a new numbered folder below --dir.",
     )
     parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="where demos are kept (runs/demo)")
+    parser.add_argument("--codecs", metavar="TIME", help="length of training each codec (configs/demo_image.toml)")
     parser.add_argument("--pretrain", metavar="TIME", help="length of pretraining, such as '60 s' (configs/demo.toml)")
     parser.add_argument("--finetune", metavar="TIME", help="length of fine-tuning (configs/demo_finetune.toml)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -41,7 +43,7 @@ def _play(options: argparse.Namespace) -> int:
     began = time.monotonic()
     demo = Demo(new_folder(options.dir), ranks())
     say(f"everything is written to {demo.folder}")
-    seconds = {name: value for name in ("pretrain", "finetune") if (value := getattr(options, name))}
+    seconds = {name: value for name in ("codecs", "pretrain", "finetune") if (value := getattr(options, name))}
     try:
         rows = play(demo, seconds)
     except Stopped as stopped:
