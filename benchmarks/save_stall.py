@@ -79,7 +79,8 @@ def _measure(options: argparse.Namespace, size: str, ranks: int, arm: str) -> di
     free, wanted = _available(), (_COPY + (24 if options.stage else 16)) * 1e6 * int(size[:-1])
     if free < wanted:
         return {"error": f"needs about {wanted / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"}
-    with tempfile.TemporaryDirectory(prefix="save-", dir=options.folder) as folder:
+    # A writer whose trainer was killed may still be at it.
+    with tempfile.TemporaryDirectory(prefix="save-", dir=options.folder, ignore_cleanup_errors=True) as folder:
         job = {"arm": arm, "size": size, "ranks": ranks, "stage": options.stage, "folder": folder}
         job |= {"warmup": 3, "rest": 4, "saves": options.saves, "after": 3}
         return fresh(__file__, job, ranks)

@@ -45,7 +45,7 @@ def main() -> None:
     common.warn_if_busy()
     environment = common.environment()
     paths = books_corpus.write_corpus(books, options.dir / "text")
-    data = _prepare(paths, options.dir, options.vocab_size)
+    data = prepare_books(paths, options.dir, options.vocab_size)
     runs = {seed: _train(seed, data, options, overrides) for seed in options.seeds}
     sizes = (
         {}
@@ -55,7 +55,7 @@ def main() -> None:
     _report(runs, sizes, {"environment": environment, "overrides": overrides, "minutes": options.minutes})
 
 
-def _prepare(paths: dict[str, Path], folder: Path, vocabulary: int) -> dict[str, Any]:
+def prepare_books(paths: dict[str, Path], folder: Path, vocabulary: int) -> dict[str, Any]:
     """Overrides that name the two manifests; the tokenizer has seen the training text only."""
     train, heldout = (folder / f"{part}-{vocabulary}" for part in ("train", "heldout"))
     made = PrepareConfig(inputs=[str(paths["train"])], out=str(train), vocab_size=vocabulary, tokenize=True)
