@@ -23,7 +23,7 @@ Row = tuple[str, str]
 
 _CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 _VOCABULARY = 4096
-_EVALUATED = 60  # held-out documents
+_EVALUATED = 12  # held-out documents
 _AGREEMENT = 0.01  # relative
 # Enough steps to kill in the middle of, on a small batch: it is about equality, not about quality.
 _TWIN = {
@@ -125,7 +125,7 @@ def codecs(demo: Demo, made: Made, seconds: str | None) -> list[Row]:
     from millrace.data.prepare import prepare as prepare_files
 
     rows = []
-    for role, path in (("image", made.media.glyphs), ("audio", made.media.tones)):
+    for role, what, path in (("image", "pictures", made.media.glyphs), ("audio", "sounds", made.media.tones)):
         folder = demo.folder / "data" / role
         options: dict[str, Any] = {role: role, "heldout": 0.05}
         prepare_files(PrepareConfig(inputs=[str(path)], out=str(folder), **options))
@@ -134,7 +134,7 @@ def codecs(demo: Demo, made: Made, seconds: str | None) -> list[Row]:
         more |= {"train.duration": seconds} if seconds else {}
         _run(train.pretrain, [_config(f"demo_{role}.toml"), *demo.ours(name, **more)])
         held = demo.events(name, "eval")[-1]["reconstruction"]
-        rows.append((f"codec of {role}s", f"{held:.3f} mean difference from held-out ones, of signals from -1 to 1"))
+        rows.append((f"codec of {what}", f"{held:.3f} mean difference from held-out ones, of signals from -1 to 1"))
     return rows
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 SIDE = 24  # pixels
 _FONT = 20  # points
-_SHIFT = 2  # pixels by which samples are moved, at most
-CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ+=#%&@?$*<>/"
+_SHIFT = 1  # pixels by which samples are moved, at most
+CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def name_of(character: str) -> str:
@@ -26,7 +26,7 @@ def draw(character: str, random: np.random.Generator | None = None) -> np.ndarra
 
     ink, ground, left, top = 0, 255, 0, 0
     if random is not None:
-        ink, ground = int(random.integers(0, 90)), int(random.integers(190, 256))
+        ink, ground = int(random.integers(0, 40)), int(random.integers(216, 256))
         left, top = random.integers(-_SHIFT, _SHIFT + 1, 2).tolist()
     picture = Image.new("L", (SIDE, SIDE), ground)
     middle = (SIDE / 2 + left, SIDE / 2 + top)

@@ -90,7 +90,7 @@ class _Perfect:
         texts = [prompt["text"] for prompt in prompts]
         if to == "image":
             names = {glyphs.name_of(c): c for c in glyphs.CHARACTERS}
-            return [glyphs.draw("&"), *(glyphs.draw(names[text]) for text in texts[1:])]
+            return [glyphs.draw("M"), *(glyphs.draw(names[text]) for text in texts[1:])]
         return [np.zeros(2560, np.float32), *(tones.dial(text.replace(" ", "")) for text in texts[1:])]
 
 
