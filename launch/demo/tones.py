@@ -85,6 +85,9 @@ def heard(sound: np.ndarray, rate: int = RATE) -> str:
         keys.get((int(a), int(b)), "") if there else ""
         for a, b, there in zip(low.argmax(1), high.argmax(1), tonal & loud, strict=True)
     ]
+    for place in range(1, len(each) - 1):  # a gap of one look is a dropout, no pause
+        if not each[place] and each[place - 1] == each[place + 1]:
+            each[place] = each[place - 1]
     return "".join(one for before, one in zip(["", *each], each, strict=False) if one != before)
 
 
