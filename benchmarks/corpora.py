@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 
 import common
 import numpy as np
+
+from millrace.eval.media import png
 
 SOURCE = common.ROOT.parent / "shared" / "data"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -59,15 +60,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
     found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     return found
-
-
-def png(pixels: np.ndarray) -> bytes:
-    """A picture, uint8 (height, width) or (height, width, 3), encoded."""
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
 
 
 def on_white(path: Path) -> bytes:

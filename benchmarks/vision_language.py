@@ -24,6 +24,7 @@ import numpy as np
 from millrace.core.console import say
 from millrace.core.ledger import read
 from millrace.data.prepare import PrepareConfig, prepare
+from millrace.eval.media import png
 from millrace.launch.train import pretrain
 
 _PATCH, _COPIES, _AMONG, _SIZES = 18, 8, 50, (48, 60, 72)
@@ -93,7 +94,7 @@ def _write(source: Path, out: Path, copies: int) -> None:
             if copy % 2:
                 words = ", ".join(random.permutation(keywords[row["text"]])[:4].tolist()) or words
             narrow = int(random.choice([0, 0, 6, 12]))  # some are higher than they are wide
-            made.append({"image": corpora.png(pixels[:, narrow:]), "text": f"{_PROMPT} {words}"})
+            made.append({"image": png(pixels[:, narrow:]), "text": f"{_PROMPT} {words}"})
     order = random.permutation(len(made))
     pq.write_table(pa.Table.from_pylist([made[number] for number in order]), out, row_group_size=256)
 

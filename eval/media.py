@@ -10,7 +10,7 @@ import numpy as np
 
 
 def png(picture: np.ndarray) -> bytes:
-    """A picture, uint8 (height, width, 3), encoded."""
+    """A picture, uint8 (height, width, 3), or grey (height, width), encoded."""
     from PIL import Image
 
     out = io.BytesIO()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from millrace.eval.media import png
 
 SIDE = 24  # pixels
 _FONT = 20  # points
@@ -35,21 +36,12 @@ def draw(character: str, random: np.random.Generator | None = None) -> np.ndarra
     return np.repeat(np.asarray(picture)[:, :, None], 3, 2)
 
 
-def encode(pixels: np.ndarray) -> bytes:
-    """A picture as PNG."""
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
-
-
 def samples(count: int, seed: int) -> Iterator[dict[str, Any]]:
     """`count` rows {"image": PNG, "text": name}, the characters in turn."""
     random = np.random.default_rng(seed)
     for number in range(count):
         character = CHARACTERS[number % len(CHARACTERS)]
-        yield {"image": encode(draw(character, random)), "text": name_of(character)}
+        yield {"image": png(draw(character, random)), "text": name_of(character)}
 
 
 def nearest(pictures: Sequence[np.ndarray]) -> list[str]:

@@ -6,13 +6,13 @@ frequencies.
 
 from __future__ import annotations
 
-import io
-import wave
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+
+from millrace.eval.media import wav
 
 RATE = 4000  # frames of a second; the highest tone is 1,477 Hz
 SECONDS = 0.64
@@ -41,17 +41,6 @@ def dial(digits: str, random: np.random.Generator | None = None) -> np.ndarray:
     return made.astype(np.float32)
 
 
-def encode(sound: np.ndarray) -> bytes:
-    """A sound as WAV, 16 bits."""
-    out = io.BytesIO()
-    with wave.open(out, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(RATE)
-        file.writeframes((np.clip(sound, -1, 1) * 32767).astype("<i2").tobytes())
-    return out.getvalue()
-
-
 def is_held_out(digits: str) -> bool:
     """Whether a number is kept from training: every tenth, by its checksum."""
     return zlib.crc32(digits.encode()) % 10 == 0
@@ -64,7 +53,7 @@ def samples(count: int, seed: int, *, held_out: bool = False) -> Iterator[dict[s
         digits = "".join(map(str, random.integers(0, 10, DIGITS)))
         if is_held_out(digits) == held_out:
             count -= 1
-            yield {"audio": encode(dial(digits, random)), "text": " ".join(digits)}
+            yield {"audio": wav(dial(digits, random), RATE), "text": " ".join(digits)}
 
 
 def heard(sound: np.ndarray, rate: int = RATE) -> str:

@@ -9,7 +9,7 @@ from millrace.core.errors import UserError
 from millrace.data import CODES
 from millrace.data.corpus import Corpus
 from millrace.engine.export import BESIDE, VIEW
-from millrace.eval.coder import CodecCoder, open_coder
+from millrace.eval.coder import stored_coder
 from millrace.models.codec import Codec
 from millrace.models.frozen import frozen
 from millrace.pretrain.objectives.base import Setting
@@ -49,25 +49,6 @@ def load_codecs(setting: Setting) -> Codecs:
     if odd := [name for name in modalities if name not in CODES]:
         raise UserError(f"objective.templates: there are no codes of '{odd[0]}', only of {', '.join(CODES)}, and text")
     corpus = Corpus.load(setting.manifests) if modalities else None
-    coders = {modality: _beside(corpus, modality) for modality in modalities if corpus}
+    coders = {modality: stored_coder(corpus, modality, "cpu") for modality in modalities if corpus}
     views = {modality: json.dumps(coder.table) for modality, coder in coders.items()}
     return Codecs({modality: frozen(coder.model) for modality, coder in coders.items()}, views)
-
-
-def _beside(corpus: Corpus, modality: str) -> CodecCoder:
-    """The codec that made a corpus's codes; of several manifests `Corpus` made sure that it is the same."""
-    role = CODES[modality]
-    found = next((manifest for manifest in corpus.manifests if role in manifest.codecs), None)
-    if found is None:
-        raise UserError(
-            f"objective.templates name {modality}, but {corpus.folder} has no codes of it; make them with `millrace "
-            f"prepare … --codec {modality}=RUN`"
-        )
-    folder, wanted = found.folder / "codecs" / modality, found.codecs[role]
-    coder = open_coder(modality, folder, "cpu")
-    if coder.sha256 != wanted:
-        raise UserError(
-            f"{folder} is another codec ({coder.sha256[:12]}) than that which made the codes of {found.folder} "
-            f"({wanted[:12]}); put that one there, or prepare again"
-        )
-    return coder
